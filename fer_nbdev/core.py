@@ -85,13 +85,14 @@ def _over_white(rgba):
     if alpha.min() == 255: return np.ascontiguousarray(rgba[..., :3])
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
-# %% ../nbs/00_core.ipynb #0ed607ad
+# %% ../nbs/00_core.ipynb #6c8fce4e
 def _pil_to_rgb(img, what):
     "The pixels of a PIL image, in whatever mode, as a writable uint8 [h, w, 3]"
     if img.mode.startswith('I') or img.mode == 'F':
         arr = _to_8bit(np.asarray(img), what)
         return np.repeat(arr[..., None], 3, axis=2)
-    if img.has_transparency_data: return _over_white(np.asarray(img.convert('RGBA')))
+    if img.mode == 'La': img = img.convert('LA') # Pillow converts it no other way
+    if img.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in img.info: return _over_white(np.asarray(img.convert('RGBA')))
     return np.array(img if img.mode == 'RGB' else img.convert('RGB'))
 
 # %% ../nbs/00_core.ipynb #687b71b6

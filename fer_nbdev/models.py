@@ -61,7 +61,7 @@ class SEBlock(nn.Module):
 
     def forward(self, x): return x * self.excite(x.mean((2, 3)))[..., None, None]
 
-# %% ../nbs/03_models.ipynb #4205cc80
+# %% ../nbs/03_models.ipynb #69721cee
 def _conv_bn(n_in, n_out, kernel=3, stride=1):
     return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel//2, bias=False), nn.BatchNorm2d(n_out))
 
@@ -73,7 +73,6 @@ class SEResBlock(nn.Module):
         self.se = SEBlock(n_out)
         self.shortcut = nn.Identity() if stride == 1 and n_in == n_out else nn.Sequential(nn.AvgPool2d(stride) if stride > 1 else nn.Identity(), _conv_bn(n_in, n_out, 1))
         self.act = nn.ReLU(inplace=True)
-        nn.init.zeros_(self.body[-1][1].weight)
 
     def forward(self, x): return self.act(self.shortcut(x) + self.se(self.body(x)))
 

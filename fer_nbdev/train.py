@@ -356,7 +356,7 @@ def fer_learner(
     return FERLearner(dls, model, create_loss(weight, recipe.label_smoothing, dls.device), _create_optimizer(recipe), lr=recipe.lr,
                       splitter=decay_groups, wd_bn_bias=True, metrics=[accuracy, F1Score(average="macro")], cbs=cbs + L(kwargs.pop("cbs", None)), **kwargs)
 
-# %% ../nbs/05_train.ipynb #ebab98c5
+# %% ../nbs/05_train.ipynb #20edda0d
 def describe_data(
     table: FER2013,
 ) -> dict:
@@ -371,7 +371,7 @@ def _describe_machine(device):
     name = platform.processor() or platform.machine()
     if torch.device(device).type == "cuda": name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists(): name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=str(resources.files("fer_nbdev")), capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return dict(hardware=f"{name}, {torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else name, commit=commit or f"v{__version__}",
                 versions={m.__name__: m.__version__ for m in (torch, np)} | dict(fer_nbdev=__version__, python=platform.python_version()))
 
