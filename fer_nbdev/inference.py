@@ -171,7 +171,7 @@ def _run(session, faces, at_once=256):
     "uint8 [n, s, s] -> float32 [n, k], at most `at_once` faces in one run of the session"
     return np.concatenate([session.run(['probs'], {'faces': faces[i:i + at_once]})[0] for i in range(0, max(1, len(faces)), at_once)])
 
-# %% ../nbs/10_inference.ipynb #bd726967
+# %% ../nbs/10_inference.ipynb #5c2d8b0c
 def _views(faces):
     "uint8 [n, s, s] -> [10, n, s, s]: in place and moved by 1/24 of the side to each of four sides, each also mirrored"
     size = faces.shape[-1]
@@ -181,7 +181,13 @@ def _views(faces):
     moved = np.stack([padded[:, step + y:step + y + size, step + x:step + x + size] for y, x in shifts])
     return np.concatenate([moved, moved[..., ::-1]])
 
-# %% ../nbs/10_inference.ipynb #fc62b1ce
+def _run_views(session, faces):
+    "uint8 [n, s, s] -> float32 [n, k], the mean over the ten views"
+    views = _views(faces)
+    probs = _run(session, views.reshape(-1, *faces.shape[1:]))
+    return probs.reshape(len(views), len(faces), probs.shape[-1]).mean(axis=0)
+
+# %% ../nbs/10_inference.ipynb #8d39f436
 class Predictor:
     """A model, ready to answer. It may be shared between threads.
 
@@ -208,9 +214,7 @@ class Predictor:
         "The probabilities of faces that are cut out already; crops that are not square count from their middle"
         faces = _as_faces(faces, self.img_size)
         if self._opened is None: self._opened = _session(*self._key)
-        if not self.tta: return _run(self._opened, faces)
-        views = _views(faces).reshape(-1, self.img_size, self.img_size)
-        return _run(self._opened, views).reshape(10, len(faces), len(self.classes)).mean(axis=0)
+        return (_run_views if self.tta else _run)(self._opened, faces)
 
     def predict_batch(self,
         sources, # images, each anything that `read_image` takes; they are read one at a time

@@ -11,7 +11,7 @@ import inspect
 import torch
 from torch import nn
 
-# %% ../nbs/03_models.ipynb #8c5f609d
+# %% ../nbs/03_models.ipynb #2dcef6b6
 _MODELS = {}
 
 def register_model(
@@ -43,16 +43,16 @@ def create_model(
     return _MODELS[arch](n_classes=n_classes, n_in=n_in, **kwargs)
 
 def count_parameters(
-    model: nn.Module,
+    model: nn.Module,  # any network
 ) -> int:
     "Number of trainable parameters."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/03_models.ipynb #6477411f
+# %% ../nbs/03_models.ipynb #47fc616c
 class SEBlock(nn.Module):
     "Squeeze-and-excitation: scale each channel by a factor in 0..1 computed from the averages of all of them."
     def __init__(self,
-        channels: int,
+        channels: int,  # of the input and the output
         reduction: int = 8,  # the hidden layer has `channels / reduction` units, at least 8
     ):
         super().__init__()
@@ -61,13 +61,17 @@ class SEBlock(nn.Module):
 
     def forward(self, x): return x * self.excite(x.mean((2, 3)))[..., None, None]
 
-# %% ../nbs/03_models.ipynb #69721cee
+# %% ../nbs/03_models.ipynb #e2a75d58
 def _conv_bn(n_in, n_out, kernel=3, stride=1):
     return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel//2, bias=False), nn.BatchNorm2d(n_out))
 
 class SEResBlock(nn.Module):
     "Two 3x3 convolutions and an `SEBlock`, added to the input (or to its 1x1 projection where the shape changes)."
-    def __init__(self, n_in: int, n_out: int, stride: int = 1):
+    def __init__(self,
+        n_in: int,  # channels of the input
+        n_out: int,  # channels of the output
+        stride: int = 1,  # 2 halves the resolution
+    ):
         super().__init__()
         self.body = nn.Sequential(_conv_bn(n_in, n_out, 3, stride), nn.ReLU(inplace=True), _conv_bn(n_out, n_out))
         self.se = SEBlock(n_out)
@@ -76,13 +80,13 @@ class SEResBlock(nn.Module):
 
     def forward(self, x): return self.act(self.shortcut(x) + self.se(self.body(x)))
 
-# %% ../nbs/03_models.ipynb #c56b1e94
+# %% ../nbs/03_models.ipynb #ef9e00a6
 @register_model("se_resnet")
 class SEResNet(nn.Module):
     "Residual network with squeeze-and-excitation for small grayscale faces; our own proportions."
     def __init__(self,
-        n_classes: int = 7,
-        n_in: int = 1,
+        n_classes: int = 7,  # outputs
+        n_in: int = 1,  # channels of the input
         stem: int = 32,  # channels of the two convolutions at full resolution
         widths: tuple = (48, 96, 192),  # channels of the stages
         blocks: tuple = (2, 2, 2),  # residual blocks in each stage; every stage but the first halves the resolution

@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'Recipe', 'list_recipes', 'read_recipe', 'write_recipe'
            'SeedEpochs', 'History', 'best_epoch', 'plot_history', 'save_weights', 'Checkpoint', 'load_checkpoint',
            'EarlyStop', 'FERLearner', 'decay_groups', 'fer_learner', 'describe_data', 'train', 'load_run']
 
-# %% ../nbs/05_train.ipynb #43a5f79d
+# %% ../nbs/05_train.ipynb #da61bf40
 import csv, hashlib, json, platform, random, subprocess, sys, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
@@ -20,7 +20,8 @@ import yaml
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import *  # patches fit_one_cycle and lr_find into Learner
+import fastai.callback.schedule  # patches fit_one_cycle and lr_find into Learner
+import fastai.vision.learner  # teaches show_results and plot_top_losses to draw images
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import F1Score, accuracy
@@ -113,7 +114,7 @@ def _is_number(text):
     except ValueError: return False
     return True
 
-# %% ../nbs/05_train.ipynb #c9ca5c28
+# %% ../nbs/05_train.ipynb #f146a116
 def read_recipe(
     source,  # name of a bundled recipe, or path of a yaml file
 ) -> Recipe:
@@ -131,14 +132,14 @@ def read_recipe(
 def _plain(recipe): return json.loads(json.dumps(asdict(recipe)))
 
 def write_recipe(
-    recipe: Recipe,
+    recipe: Recipe,  # what to write
     path,  # yaml file to write
 ):
     "Write all fields of a recipe as yaml."
     with write_whole(path) as tmp: Path(tmp).write_text(yaml.safe_dump(_plain(recipe), sort_keys=False), encoding="utf-8")
 
 def set_recipe(
-    recipe: Recipe,
+    recipe: Recipe,  # where to start from
     settings: list,  # strings like `epochs=3` or `augment.rotate=20`
 ) -> Recipe:
     "A copy of the recipe with some fields changed, as `fer train --set` does it."
@@ -200,24 +201,30 @@ class EMA(Callback):
 
     def after_validate(self): self.model.load_state_dict(self.raw)
 
-# %% ../nbs/05_train.ipynb #33850a85
+# %% ../nbs/05_train.ipynb #067a6c42
 class SeedEpochs(Callback):
     "Seed all random numbers at the start of each epoch from the run's seed and the epoch."
     order = -20
 
-    def __init__(self, seed: int = 0): self.seed = seed
+    def __init__(self,
+        seed: int = 0,  # of the run
+    ): self.seed = seed
 
     def before_epoch(self):
         seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
         set_seed(seed)
         self.dls.train.rng = random.Random(seed)
 
-# %% ../nbs/05_train.ipynb #28840254
+# %% ../nbs/05_train.ipynb #6a76776c
 class History(Callback):
     "Collect a row of metrics after every epoch and write `history.csv` and `history.json` into `out`."
     order = 55  # after fastai's Recorder
 
-    def __init__(self, out, rows=(), verbose=False): self.out, self.rows, self.verbose = Path(out), list(rows), verbose
+    def __init__(self,
+        out,  # folder of the run
+        rows: list = (),  # history of the epochs before, where a run resumes
+        verbose: bool = False,  # print every row
+    ): self.out, self.rows, self.verbose = Path(out), list(rows), verbose
 
     def before_epoch(self): self.total, self.count, self.started = 0., 0, time.time()
 
@@ -275,7 +282,7 @@ def _unpack(tree, tensors):
     if isinstance(tree, dict): return tensors[tree["tensor"]] if "tensor" in tree else {k: _unpack(v, tensors) for k, v in tree["pairs"]}
     return [_unpack(v, tensors) for v in tree] if isinstance(tree, list) else tree
 
-# %% ../nbs/05_train.ipynb #741ccd62
+# %% ../nbs/05_train.ipynb #a732b13e
 def save_weights(
     state: dict,  # a `state_dict`
     path,  # .safetensors file
@@ -289,7 +296,10 @@ class Checkpoint(Callback):
     "After every epoch write `last.safetensors`, and `best.safetensors` where the validation accuracy is the best so far."
     order = 60  # after History
 
-    def __init__(self, out, ema: EMA = None): self.out, self.ema = Path(out), ema
+    def __init__(self,
+        out,  # folder of the run
+        ema: EMA = None,  # its average is what `best.safetensors` holds
+    ): self.out, self.ema = Path(out), ema
 
     def after_epoch(self):
         rows, ema = self.history.rows, self.ema
@@ -311,21 +321,23 @@ class EarlyStop(Callback):
     "End the run when the validation accuracy has not improved for `patience` epochs. Reads the history, so it survives a resume."
     order = 65  # after Checkpoint
 
-    def __init__(self, patience: int): self.patience = patience
+    def __init__(self,
+        patience: int,  # epochs without improvement that are put up with
+    ): self.patience = patience
 
     def after_epoch(self):
         if len(self.history.rows) - 1 - best_epoch(self.history.rows) >= self.patience: raise CancelFitException()
 
-# %% ../nbs/05_train.ipynb #296df6d9
+# %% ../nbs/05_train.ipynb #7963431d
 class FERLearner(Learner):
-    "A fastai `Learner` that can begin a fit at `start_epoch`."
-    start_epoch = 0
+    "A fastai `Learner` that can begin a fit at `first_epoch`."
+    first_epoch = 0
 
     def _do_fit(self):
-        for self.epoch in range(self.start_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", _CancelEpoch)
+        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", _CancelEpoch)
 
 def decay_groups(
-    model: torch.nn.Module,
+    model: torch.nn.Module,  # the network to be optimised
 ) -> list:
     "Two parameter groups: those with weight decay, and norm layers and biases, which have none."
     plain = {id(p) for m in model.modules() if isinstance(m, norm_types) for p in m.parameters()}
@@ -335,15 +347,15 @@ def decay_groups(
 # %% ../nbs/05_train.ipynb #b5f6c1b6
 from fastai.callback.core import CancelEpochException as _CancelEpoch
 
-# %% ../nbs/05_train.ipynb #139f70dc
+# %% ../nbs/05_train.ipynb #11ac1be3
 def _create_optimizer(recipe):
     "The optimiser of a recipe as fastai takes it."
     extra = dict(momentum=recipe.momentum) if recipe.optimizer == "sgd" else {}
     return partial(OptimWrapper, opt=OPTIMIZERS[recipe.optimizer], **extra)
 
 def fer_learner(
-    dls: DataLoaders,
-    recipe: Recipe = Recipe(),
+    dls: DataLoaders,  # of `fer_dls`
+    recipe: Recipe = Recipe(),  # network, loss, optimiser, precision, seed
     **kwargs,  # further arguments of fastai's `Learner`
 ) -> FERLearner:
     "A learner for `dls` with the network, loss, optimiser and precision of a recipe; its weights are drawn from the recipe's seed."
@@ -356,9 +368,9 @@ def fer_learner(
     return FERLearner(dls, model, create_loss(weight, recipe.label_smoothing, dls.device), _create_optimizer(recipe), lr=recipe.lr,
                       splitter=decay_groups, wd_bn_bias=True, metrics=[accuracy, F1Score(average="macro")], cbs=cbs + L(kwargs.pop("cbs", None)), **kwargs)
 
-# %% ../nbs/05_train.ipynb #20edda0d
+# %% ../nbs/05_train.ipynb #ec743883
 def describe_data(
-    table: FER2013,
+    table: FER2013,  # the data of a run
 ) -> dict:
     "Source, size and sha256 of a table, for the records of a run."
     digest = hashlib.sha256(table.pixels.tobytes() + table.emotion.tobytes() + "".join(table.usage).encode()).hexdigest()
@@ -378,7 +390,7 @@ def _describe_machine(device):
 # %% ../nbs/05_train.ipynb #d1c625db
 import shutil
 
-# %% ../nbs/05_train.ipynb #e1e44b4a
+# %% ../nbs/05_train.ipynb #f0e04be8
 def _open_run(out, recipe, data, resume):
     "Prepare the folder of a run; returns the recipe and the checkpoint to go on from, or None."
     out.mkdir(parents=True, exist_ok=True)
@@ -401,7 +413,7 @@ def _restore(learn, checkpoint, ema):
     learn.create_opt()
     learn.opt.opt.load_state_dict(state["opt"])
     if ema: ema.state, ema.steps = {k: v.to(learn.dls.device) for k, v in state["ema"]["state"].items()}, state["ema"]["steps"]
-    learn.start_epoch = epoch + 1
+    learn.first_epoch = epoch + 1
 
 # %% ../nbs/05_train.ipynb #92c2c7a5
 def train(
@@ -434,7 +446,7 @@ def train(
     learn.fit_one_cycle(recipe.epochs, recipe.lr, wd=[recipe.wd, 0.], moms=(recipe.momentum,)*3, pct_start=recipe.pct_start)
     return _finish(learn, out, history.rows, cbs)
 
-# %% ../nbs/05_train.ipynb #e51217de
+# %% ../nbs/05_train.ipynb #be223df6
 def _write_json(path, value):
     with write_whole(path) as tmp: Path(tmp).write_text(json.dumps(value, indent=1))
 
@@ -452,7 +464,7 @@ def _finish(learn, out, rows, cbs):
 
 def load_run(
     out,  # folder of a run
-    device="cpu",
+    device="cpu",  # where to put the network
 ) -> torch.nn.Module:
     "The network of a run with its best weights, in eval mode."
     out = Path(out)
