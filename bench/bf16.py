@@ -9,7 +9,6 @@ A step is forward, backward and optimiser of a bundled recipe's network, on one 
 They take turns, each beginning a round in its turn. A machine without bf16 instructions is told so plainly, and
 measures the other two: bf16 would be emulated there, many times slower than fp32, and a recipe does not pick it.
 """
-import argparse
 import statistics
 import sys
 from itertools import repeat
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import _report
 from _report import report
-from train_step import Step, enough_faces, read_table, seconds_a_step
+from train_step import Step, enough_faces, in_turns, parse_args, read_table, seconds_a_step
 
 WAYS = {"fp32": {"bf16": False, "channels_last": False}, "fp32 channels_last": {"bf16": False, "channels_last": True},
         "bf16 channels_last": {"bf16": True, "channels_last": True}}
@@ -39,34 +38,11 @@ def measure_ways(steps_of, batch, steps, rounds):
     "Seconds a step, `{way: [one a round]}`; the first step of each, which is slow, does not count."
     for step in steps_of.values():
         seconds_a_step(step, repeat(batch), 1, 1)
-    ways, seconds = list(steps_of), {way: [] for way in steps_of}
-    for i in range(rounds):
-        k = i % len(ways)
-        for way in ways[k:] + ways[:k]:
-            seconds[way].append(seconds_a_step(steps_of[way], repeat(batch), steps, 0))
-    return seconds
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; without it faces are drawn")
-    parser.add_argument("--limit", type=int, metavar="N", help="take only the first N Training faces, or draw N (default: all, 1400)")
-    parser.add_argument("--recipe", default="fer2013", help="bundled recipe, or yaml file, that gives network and batch size (default: %(default)s)")
-    parser.add_argument("--bs", type=int, metavar="N", help="another batch size than the recipe's")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps of each way in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="rounds; the medians are reported (default: %(default)s)")
-    parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
-    parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where bf16.json is written (default: bench/results)")
-    args = parser.parse_args()
-    if args.data is not None and not args.data.exists():
-        parser.error(f"no data at {args.data}")
-    if any(n is not None and n < 1 for n in (args.limit, args.bs, args.steps, args.rounds)):
-        parser.error("--limit, --bs, --steps and --rounds take numbers from 1 up")
-    return args
+    return in_turns(list(steps_of), lambda way: seconds_a_step(steps_of[way], repeat(batch), steps, 0), rounds)
 
 
 def main():
-    args = parse_args()
+    args = parse_args(__doc__, EXAMPLES, "bf16", "network and batch size", steps=3, each="way")
     import torch  # after the arguments: with fastai it takes ten seconds
     from fastai.torch_core import default_device
     from fer_nbdev.loaders import fer_dls

@@ -102,30 +102,39 @@ def seconds_a_step(step, batches, steps, warm_up):
     return (time.perf_counter() - start) / steps
 
 
+def in_turns(names, measure_one, rounds):
+    "`{name: [one measurement a round]}`; each name begins a round in its turn."
+    found = {name: [] for name in names}
+    for i in range(rounds):
+        k = i % len(names)
+        for name in names[k:] + names[:k]:
+            found[name].append(measure_one(name))
+    return found
+
+
 def measure_sources(step, loaders, held, steps, rounds):
     "Seconds a step, `{source: [one a round]}`."
-    seconds = {source: [] for source in SOURCES}
-    for i in range(rounds):
-        k = i % len(SOURCES)
-        for source in SOURCES[k:] + SOURCES[:k]:
-            batches = iter(loaders[source]) if source in loaders else repeat(held)
-            seconds[source].append(seconds_a_step(step, batches, steps, WARM_UP[source]))
-            del batches  # ends the workers
-            for worker in multiprocessing.active_children():
-                worker.join()
-    return seconds
+    def measure_one(source):
+        batches = iter(loaders[source]) if source in loaders else repeat(held)
+        seconds = seconds_a_step(step, batches, steps, WARM_UP[source])
+        del batches  # ends the workers
+        for worker in multiprocessing.active_children():
+            worker.join()
+        return seconds
+    return in_turns(SOURCES, measure_one, rounds)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(description=__doc__, examples=EXAMPLES, name="train_step", gives="network, batch size, augmentation and precision", steps=8, each="source"):
+    "The arguments of a benchmark that takes training steps; `bf16.py` has the same ones in its own words."
+    parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; without it faces are drawn")
     parser.add_argument("--limit", type=int, metavar="N", help="take only the first N Training faces, or draw N (default: all, 1400)")
-    parser.add_argument("--recipe", default="fer2013", help="bundled recipe, or yaml file, that gives network, batch size, augmentation and precision (default: %(default)s)")
+    parser.add_argument("--recipe", default="fer2013", help=f"bundled recipe, or yaml file, that gives {gives} (default: %(default)s)")
     parser.add_argument("--bs", type=int, metavar="N", help="another batch size than the recipe's")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps of each source in a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, metavar="N", help=f"steps of each {each} in a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=6, metavar="N", help="rounds; the medians are reported (default: %(default)s)")
     parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
-    parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where train_step.json is written (default: bench/results)")
+    parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help=f"where {name}.json is written (default: bench/results)")
     args = parser.parse_args()
     if args.data is not None and not args.data.exists():
         parser.error(f"no data at {args.data}")

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'main', 'find_images', 'predict', 'models', 'prepare', 'train', 'evaluate', 'export']
 
-# %% ../nbs/14_cli.ipynb #51727f94
+# %% ../nbs/14_cli.ipynb #623adaf7
 import csv, glob, io, json, sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .core import require, sample_portrait, write_whole
+from .core import read_image, require, sample_portrait, write_whole
 from .data import IMAGE_SUFFIXES
 
 # %% ../nbs/14_cli.ipynb #c240c376
@@ -86,7 +86,7 @@ def _table(results):
             table.add_row(image, ",".join(map(str, p.box)) if p.box else "", p.emotion, f"{p.confidence:.0%}", f"{second} {v:.0%}")
     return table
 
-# %% ../nbs/14_cli.ipynb #1946dcf0
+# %% ../nbs/14_cli.ipynb #caa8e3a8
 def _console(err=False):
     from rich.console import Console
     return Console(stderr=err, force_jupyter=False)
@@ -97,14 +97,14 @@ def _progress(items, on):
     from rich.progress import track
     return track(items, description="Predicting", console=_console(err=True))
 
-def _annotate(out, source, name, preds):
+def _annotate(out, picture, name, preds):
     "Save the picture with boxes, labels and probability bars as `<out>/<name>.png`; never over another one of this call."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from fer_nbdev.inference import plot_predictions
     fig = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(fig)
-    plot_predictions(source, preds, ax=fig.subplots())
+    plot_predictions(picture, preds, ax=fig.subplots())
     with write_whole(out/f"{name}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
 
 def _names(images):
@@ -116,7 +116,7 @@ def _names(images):
         names.append(stem if n == 1 else f"{stem}-{n}")
     return names
 
-# %% ../nbs/14_cli.ipynb #adf9932a
+# %% ../nbs/14_cli.ipynb #70d04ef8
 _SAMPLE = "sample portrait"  # what is predicted where no image is named
 
 @app.command()
@@ -141,9 +141,9 @@ def predict(
     if as_csv: print(_csv_header(predictor.classes))
     for image, name in zip(_progress(images, len(images) > 4), _names(images)):
         try:
-            source = sys.stdin.buffer.read() if image == "-" else sample_portrait() if image == _SAMPLE else image
-            preds = predictor(source)
-            if annotate: _annotate(annotate, source, name, preds)
+            picture = read_image(sys.stdin.buffer.read() if image == "-" else sample_portrait() if image == _SAMPLE else image)
+            preds = predictor(picture)
+            if annotate: _annotate(annotate, picture, name, preds)
         except (ValueError, OSError) as e:
             failed += 1
             print(f"fer: {e}" if image in str(e) else f"fer: {image}: {e}", file=sys.stderr)

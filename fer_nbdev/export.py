@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExportedModel', 'create_onnx', 'check_parity', 'export_model', 'export_run']
 
-# %% ../nbs/08_export.ipynb #ee082537
+# %% ../nbs/08_export.ipynb #10a80cb0
 import hashlib, io, json, logging, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,12 +16,12 @@ from torch import nn
 
 from .core import EMOTIONS, import_cv2, write_whole
 from .data import FER2013, synthetic_faces
-from .evaluate import fit_temperature, score
+from .evaluate import fit_temperature, score_table
 from .loaders import FER2013_STATS
 from .models import count_parameters
 from .train import load_run, read_recipe
 
-# %% ../nbs/08_export.ipynb #b07f27db
+# %% ../nbs/08_export.ipynb #459ccd9a
 class ExportedModel(nn.Module):
     "A network with its preprocessing and softmax: faces uint8 [n, h, w] in, probs float32 [n, k] out."
     def __init__(self,
@@ -32,9 +32,13 @@ class ExportedModel(nn.Module):
         super().__init__()
         self.model, self.mean, self.std, self.temperature = model, *stats, temperature
 
-    def forward(self, faces):
-        x = (faces.float().unsqueeze(1)/255 - self.mean) / self.std
-        return torch.softmax(self.model(x)/self.temperature, dim=1)
+    def logits(self,
+        faces: torch.Tensor,  # uint8 [n, h, w]
+    ) -> torch.Tensor:
+        "What the network says of raw faces, float [n, k], before temperature and softmax."
+        return self.model((faces.float().unsqueeze(1)/255 - self.mean) / self.std)
+
+    def forward(self, faces): return torch.softmax(self.logits(faces)/self.temperature, dim=1)
 
 # %% ../nbs/08_export.ipynb #e9c15ef5
 def _halve_weights(proto):
@@ -78,7 +82,14 @@ def create_onnx(
     proto = _strip(program.model_proto)
     return (_halve_weights(proto) if half_weights else proto).SerializeToString()
 
-# %% ../nbs/08_export.ipynb #9328aa21
+# %% ../nbs/08_export.ipynb #273325c9
+def _open_graph(graph):
+    "A function from uint8 faces [n, h, w] to probs float32 [n, k] by an exported graph, given as bytes or a path."
+    import onnxruntime as ort
+    session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), providers=["CPUExecutionProvider"])
+    def predict_faces(faces, bs=256): return np.concatenate([session.run(None, {"faces": faces[i:i+bs]})[0] for i in range(0, len(faces), bs)])
+    return predict_faces
+
 def check_parity(
     graph: bytes,  # of `create_onnx`
     model: nn.Module,  # the network it was made from
@@ -88,16 +99,18 @@ def check_parity(
     limit: float = 1e-2,  # largest difference of a probability that is let through
 ) -> float:
     "Largest difference between the probabilities of onnxruntime and PyTorch over 64 drawn faces. Raises `ValueError` above `limit`."
-    import onnxruntime as ort
     faces = np.stack([import_cv2().resize(f, (img_size, img_size)) for f in synthetic_faces(64).pixels])
-    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    ours = np.concatenate([session.run(None, {"faces": f})[0] for f in np.split(faces, [1, 8])])
+    predict_faces = _open_graph(graph)
+    ours = np.concatenate([predict_faces(f) for f in np.split(faces, [1, 8])])
     with torch.no_grad(): theirs = ExportedModel(model, stats, temperature).cpu().eval()(torch.from_numpy(faces)).numpy()
     difference = float(np.abs(ours - theirs).max())
     if not difference <= limit: raise ValueError(f"the exported graph differs from the network by {difference:.2g} in a probability; at most {limit:.2g} is let through")
     return difference
 
-# %% ../nbs/08_export.ipynb #5a88a667
+# %% ../nbs/08_export.ipynb #890a148d
+def _write_card(card, out):
+    with write_whole(out/"card.json") as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding="utf-8")
+
 def export_model(
     model: nn.Module,  # normalised float [n, 1, img_size, img_size] to logits [n, k]
     out,  # model folder to write
@@ -121,20 +134,14 @@ def export_model(
     card["files"] = {"model.onnx": dict(sha256=hashlib.sha256(graph).hexdigest(), bytes=len(graph))}
     out.mkdir(parents=True, exist_ok=True)
     with write_whole(out/"model.onnx") as tmp: Path(tmp).write_bytes(graph)
-    with write_whole(out/"card.json") as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding="utf-8")
+    _write_card(card, out)
     return card
 
-# %% ../nbs/08_export.ipynb #e78b47f5
+# %% ../nbs/08_export.ipynb #dfe1b757
 def _logits(model, pixels, stats, bs=256):
     "float32 [n, k] of uint8 faces [n, h, w]."
-    x = torch.from_numpy(pixels)
-    with torch.no_grad(): return torch.cat([model((b.float()[:, None]/255 - stats[0]) / stats[1]) for b in x.split(bs)]).numpy()
-
-def _onnx_probs(path, pixels, bs=256):
-    "float32 [n, k] of uint8 faces, by the exported graph."
-    import onnxruntime as ort
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(None, {"faces": pixels[i:i+bs]})[0] for i in range(0, len(pixels), bs)])
+    whole = ExportedModel(model, stats)
+    with torch.no_grad(): return torch.cat([whole.logits(b) for b in torch.from_numpy(pixels).split(bs)]).numpy()
 
 def export_run(
     run,  # folder of a run
@@ -157,9 +164,9 @@ def export_run(
 
 def _add_scores(card, out, table):
     "Score the test splits by the exported graph and write them onto the card."
-    card = dict(card, scores={})
+    card, predict_faces = dict(card, scores={}), _open_graph(out/"model.onnx")
     for usage in ("PublicTest", "PrivateTest"):
         part = table.split(usage)
-        if len(part): card["scores"][usage] = score(_onnx_probs(out/"model.onnx", part.pixels), part.emotion, part.classes)
-    with write_whole(out/"card.json") as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding="utf-8")
+        if len(part): card["scores"][usage] = score_table(predict_faces, part, card["classes"])
+    _write_card(card, out)
     return card

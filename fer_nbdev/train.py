@@ -7,8 +7,8 @@ __all__ = ['OPTIMIZERS', 'Recipe', 'list_recipes', 'read_recipe', 'write_recipe'
            'SeedEpochs', 'History', 'best_epoch', 'plot_history', 'save_weights', 'Checkpoint', 'load_checkpoint',
            'EarlyStop', 'FERLearner', 'decay_groups', 'fer_learner', 'describe_data', 'train', 'load_run']
 
-# %% ../nbs/05_train.ipynb #da61bf40
-import csv, hashlib, json, platform, random, subprocess, sys, time
+# %% ../nbs/05_train.ipynb #fd9e617b
+import csv, hashlib, json, platform, random, shutil, subprocess, sys, time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from importlib import resources
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.callback.progress import ProgressCallback
 import fastai.callback.schedule  # patches fit_one_cycle and lr_find into Learner
 import fastai.vision.learner  # teaches show_results and plot_top_losses to draw images
@@ -328,13 +328,13 @@ class EarlyStop(Callback):
     def after_epoch(self):
         if len(self.history.rows) - 1 - best_epoch(self.history.rows) >= self.patience: raise CancelFitException()
 
-# %% ../nbs/05_train.ipynb #7963431d
+# %% ../nbs/05_train.ipynb #e8b9b995
 class FERLearner(Learner):
     "A fastai `Learner` that can begin a fit at `first_epoch`."
     first_epoch = 0
 
     def _do_fit(self):
-        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", _CancelEpoch)
+        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
 def decay_groups(
     model: torch.nn.Module,  # the network to be optimised
@@ -343,9 +343,6 @@ def decay_groups(
     plain = {id(p) for m in model.modules() if isinstance(m, norm_types) for p in m.parameters()}
     plain |= {id(p) for n, p in model.named_parameters() if n.endswith("bias")}
     return [[p for p in model.parameters() if id(p) not in plain], [p for p in model.parameters() if id(p) in plain]]
-
-# %% ../nbs/05_train.ipynb #b5f6c1b6
-from fastai.callback.core import CancelEpochException as _CancelEpoch
 
 # %% ../nbs/05_train.ipynb #11ac1be3
 def _create_optimizer(recipe):
@@ -386,9 +383,6 @@ def _describe_machine(device):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=str(resources.files("fer_nbdev")), capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return dict(hardware=f"{name}, {torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else name, commit=commit or f"v{__version__}",
                 versions={m.__name__: m.__version__ for m in (torch, np)} | dict(fer_nbdev=__version__, python=platform.python_version()))
-
-# %% ../nbs/05_train.ipynb #d1c625db
-import shutil
 
 # %% ../nbs/05_train.ipynb #f0e04be8
 def _open_run(out, recipe, data, resume):
