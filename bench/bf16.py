@@ -45,15 +45,16 @@ def main():
     args = parse_args(__doc__, EXAMPLES, "bf16", "network and batch size", steps=3, each="way")
     import torch  # after the arguments: with fastai it takes ten seconds
     from fastai.torch_core import default_device
-    from fer_nbdev.loaders import fer_dls
+    from fer_nbdev.loaders import FER2013_STATS, fer_dls
     from fer_nbdev.models import count_parameters
-    from fer_nbdev.train import has_bf16, read_recipe
+    from fer_nbdev.callbacks import has_bf16
+    from fer_nbdev.recipe import read_recipe
     _report.RESULTS = args.out
     recipe, device = read_recipe(args.recipe), torch.device(args.device) if args.device else default_device()
     bs, able = args.bs or recipe.bs, has_bf16(device)
     found = read_table(args.data, args.limit)
     table = enough_faces(found, bs)
-    batch = fer_dls(table, bs, stats=recipe.stats, device=device).one_batch()
+    batch = fer_dls(table, bs, stats=recipe.stats or FER2013_STATS, device=device).one_batch()
     steps_of = {way: Step(recipe, len(table.classes), device, **how) for way, how in WAYS.items() if able or not how["bf16"]}
     seconds = measure_ways(steps_of, batch, args.steps, args.rounds)
     ratio = {way: statistics.median(a / b for a, b in zip(seconds["fp32"], seconds[way])) for way in steps_of if way != "fp32"}

@@ -40,7 +40,8 @@ class Step:
         import torch
         from fer_nbdev.losses import create_loss
         from fer_nbdev.models import create_model
-        from fer_nbdev.train import OPTIMIZERS, decay_groups
+        from fer_nbdev.recipe import OPTIMIZERS
+        from fer_nbdev.train import decay_groups
         torch.manual_seed(recipe.seed)
         self.torch, self.device, self.bf16 = torch, torch.device(device), bf16
         model = create_model(recipe.arch, n_classes, **recipe.arch_args).to(self.device).train()
@@ -48,7 +49,7 @@ class Step:
         self.loss = create_loss(None, recipe.label_smoothing, self.device)
         decayed, plain = decay_groups(model)
         groups = [{"params": decayed, "weight_decay": recipe.wd}, {"params": plain, "weight_decay": 0.}]
-        extra = {"momentum": recipe.momentum} if recipe.optimizer == "sgd" else {}
+        extra = {"momentum": recipe.momentum, "nesterov": True} if recipe.optimizer == "sgd" else {}
         self.opt = OPTIMIZERS[recipe.optimizer](groups, lr=recipe.lr / 25, **extra)
 
     def __call__(self, x, y):
@@ -148,9 +149,10 @@ def main():
     import torch  # after the arguments: with fastai it takes ten seconds
     from fastai.torch_core import default_device
     from fer_nbdev.data import to_folders
-    from fer_nbdev.loaders import Augment, fer_dls
+    from fer_nbdev.loaders import FER2013_STATS, Augment, fer_dls
     from fer_nbdev.models import count_parameters
-    from fer_nbdev.train import has_bf16, read_recipe
+    from fer_nbdev.callbacks import has_bf16
+    from fer_nbdev.recipe import read_recipe
     _report.RESULTS = args.out
     recipe, device = read_recipe(args.recipe), torch.device(args.device) if args.device else default_device()
     bs, bf16 = args.bs or recipe.bs, recipe.precision == "bf16" or recipe.precision == "auto" and has_bf16(device)
@@ -158,7 +160,7 @@ def main():
     table = enough_faces(found, bs * (args.steps + max(WARM_UP.values()) + 1))
     step = Step(recipe, len(table.classes), device, bf16)
     with tempfile.TemporaryDirectory() as tmp:
-        ours = fer_dls(table, bs, augment=Augment(**recipe.augment), stats=recipe.stats, device=device)
+        ours = fer_dls(table, bs, augment=Augment(**recipe.augment), stats=recipe.stats or FER2013_STATS, device=device)
         theirs = folder_dls(to_folders(table, Path(tmp, "faces")), bs, device)
         held = ours.one_batch()
         step(*held), step(*theirs.one_batch())  # the first step of a shape is slow

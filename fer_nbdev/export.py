@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExportedModel', 'create_onnx', 'check_parity', 'export_model', 'export_run']
 
-# %% ../nbs/08_export.ipynb #10a80cb0
+# %% ../nbs/08_export.ipynb #64bab186
 import hashlib, io, json, logging, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,7 +19,8 @@ from .data import FER2013, synthetic_faces
 from .evaluate import fit_temperature, score_table
 from .loaders import FER2013_STATS
 from .models import count_parameters
-from .train import load_run, read_recipe
+from .recipe import read_recipe
+from .train import load_run, prepare_table
 
 # %% ../nbs/08_export.ipynb #459ccd9a
 class ExportedModel(nn.Module):
@@ -137,7 +138,7 @@ def export_model(
     _write_card(card, out)
     return card
 
-# %% ../nbs/08_export.ipynb #dfe1b757
+# %% ../nbs/08_export.ipynb #d2b09cf8
 def _logits(model, pixels, stats, bs=256):
     "float32 [n, k] of uint8 faces [n, h, w]."
     whole = ExportedModel(model, stats)
@@ -151,12 +152,14 @@ def export_run(
 ) -> dict:
     """Export the best weights of a run as a model folder and return its card.
 
-    Temperature is fitted on the PublicTest rows of `table`, and every test split is scored. Raises `FileNotFoundError` where `run` is not a run."""
+    Of `table` the rows count that the recipe asks for. Temperature is fitted on PublicTest, every test split is scored, and the card's
+    `selected_on` says which faces chose the epoch. Raises `FileNotFoundError` where `run` is not a run."""
     run, out, model = Path(run), Path(out), load_run(run)
     recipe, facts = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
+    table = None if table is None else prepare_table(recipe, table)
     public = table.split("PublicTest") if table is not None else ()
     temperature = fit_temperature(_logits(model, public.pixels, recipe.stats), public.emotion) if len(public) else 1.
-    entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, temperature=temperature, stats=recipe.stats, licence="Apache-2.0",
+    entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, temperature=temperature, stats=recipe.stats, selected_on=recipe.valid, licence="Apache-2.0",
                    **{k: facts.get(k) for k in ("commit", "data", "hardware", "versions", "train_minutes", "date", "best_epoch")})
     card = export_model(model, out, classes=tuple(facts["data"]["classes"]), **entries | about)
     if table is not None: card = _add_scores(card, out, table)

@@ -1,0 +1,122 @@
+"""Do the six networks of five older systems reach here what they claim, and what does our recipe make of them?
+
+Every network is trained twice. First by the recipe that carries its system's own protocol: its split, optimiser, schedule,
+augmentation and epochs. Then by `fer2013`, the recipe of the bundled model, on the honest protocol: PublicTest selects the
+epoch, PrivateTest is scored once at the end. Two of the older protocols test on the faces that also select; their figures
+are reported because they can be compared with the claims, and are no estimate of anything.
+
+Runs live in `--runs`, one folder each, as `fer train` makes them, and take hours on a CPU. `--train` starts or resumes
+those that are not finished, all or the ones named; without it the script only collects what the runs wrote.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import _report
+from _report import report
+
+# network: (system, what it claims, the claimed accuracy to be reached, where that accuracy is measured)
+CLAIMS = dict(
+    emotion_detector=("convolutions and four hidden layers, one-cycle", "64.33% validation accuracy", .6433, "valid"),
+    realtime_net=("VGG-like net of a real-time system", "67.94% test accuracy", .6794, "PrivateTest"),
+    realtime_senet=("SE-ResNet of the same real-time system", "67.94% test accuracy", .6794, "PrivateTest"),
+    sequential=("Keras sequential net", "63.2% test accuracy", .632, "last"),
+    four_class=("four emotions", "75 to 85% validation accuracy", .75, "valid"),
+    class_balanced=("class weights and full reports", "66.13% test accuracy", .6613, "valid"))
+OURS = dict(emotion_detector=["epochs=42"], realtime_net=["epochs=30"], realtime_senet=["epochs=30"], sequential=["epochs=42", "lr=.02"],
+            four_class=["epochs=30", "classes=[angry, happy, neutral, sad]"], class_balanced=["epochs=30"])
+KINDS = ("own", "ours")
+EXAMPLES = """examples:
+  python bench/recipes.py --runs runs                                             collect what is there
+  python bench/recipes.py --runs runs --data fer2013.csv --train                  train what is missing; hours on a CPU
+  python bench/recipes.py --runs runs --data fer2013.csv --train own/sequential   one of them"""
+
+
+def recipe_of(kind, name):
+    "The recipe of a run: the system's own, or `fer2013` with its network."
+    from fer_nbdev.recipe import read_recipe
+    if kind == "own":
+        return read_recipe(name)
+    return read_recipe("fer2013").set([f"name={name}", f"arch={name}", "arch_args={}", *OURS[name]])
+
+
+def train_run(folder, kind, name, table):
+    "Train a run, or go on with it, and export it with its scores."
+    from fer_nbdev.export import export_run
+    from fer_nbdev.train import train
+    begun = (folder / "run.json").exists()
+    train(None if begun else recipe_of(kind, name), table, folder, resume=True)
+    export_run(folder, folder / "model", table)
+
+
+def read_run(folder):
+    "What a finished run wrote about itself, or None."
+    if not (folder / "model" / "card.json").exists():
+        return None
+    about, history, card = (json.loads((folder / f).read_text(encoding="utf-8")) for f in ("run.json", "history.json", "model/card.json"))
+    keys = ("accuracy", "macro_f1", "log_loss", "ece", "n")
+    return {"epochs": len(history), "best_epoch": about["best_epoch"], "minutes": about["train_minutes"], "parameters": about["n_params"],
+            "seed": about["recipe"]["seed"], **{k: about[k] for k in ("hardware", "commit", "date")},
+            "selected_on": about["recipe"]["valid"], "valid": history[about["best_epoch"]], "last": history[-1],
+            "scores": {usage: {k: s[k] for k in keys} for usage, s in card["scores"].items()}}
+
+
+def reached(run, where):
+    "The accuracy that a system's claim speaks of."
+    return run["scores"]["PrivateTest"]["accuracy"] if where == "PrivateTest" else run[where]["accuracy"]
+
+
+def row(name, runs):
+    "One line of the table: claim, reproduction, and the same network under our recipe."
+    system, claim, target, where = CLAIMS[name]
+    own, ours = (read_run(runs / kind / name) for kind in KINDS)
+    own_accuracy = own and round(reached(own, where), 4)
+    return {"network": name, "system": system, "claim": claim, "target": target, "measured_on": where, "own_accuracy": own_accuracy,
+            "misses_by": own and round(max(0., target - own_accuracy), 4), "own": own, "ours": ours,
+            "ours_accuracy": ours and round(ours["scores"]["PrivateTest"]["accuracy"], 4)}
+
+
+def answer(rows):
+    done = [r for r in rows if r["own"]]
+    fine = [r for r in done if not r["misses_by"]]
+    better = [r["ours_accuracy"] for r in rows if r["ours"]]
+    text = f"{len(fine)} of {len(rows)} reach their claim under their own protocol"
+    if len(done) < len(rows):
+        text += f" ({len(rows) - len(done)} not trained yet)"
+    seven = [r["ours_accuracy"] for r in rows if r["ours"] and r["network"] != "four_class"]
+    return text + (f"; under our recipe they reach {min(seven):.1%} to {max(seven):.1%} on PrivateTest with seven classes" if seven else "") if better else text
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where the runs are: own/NAME and ours/NAME")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; for --train")
+    parser.add_argument("--train", nargs="*", metavar="KIND/NAME", help="train these runs first (default: all)")
+    parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where recipes.json is written (default: bench/results)")
+    args = parser.parse_args()
+    known = [f"{kind}/{name}" for name in CLAIMS for kind in KINDS]
+    args.train = known if args.train == [] else args.train or []
+    if unknown := sorted(set(args.train) - set(known)):
+        parser.error(f"unknown run {', '.join(unknown)}: expected among {', '.join(known)}")
+    if args.train and (args.data is None or not args.data.exists()):
+        parser.error(f"--train needs --data, and there is nothing at {args.data}")
+    return args
+
+
+def main():
+    args = parse_args()
+    _report.RESULTS = args.out
+    if args.train:
+        from fer_nbdev.data import read_fer2013
+        table = read_fer2013(args.data)
+        for run in args.train:
+            print(run, file=sys.stderr)
+            train_run(args.runs / run, *run.split("/"), table)
+    rows = [row(name, args.runs) for name in CLAIMS]
+    report("recipes", {"rows": rows}, question="Do the networks of five older systems reach their claims here, and what does our recipe make of them?",
+           answer=answer(rows), command="python bench/recipes.py --runs runs --data fer2013.csv --train")
+
+
+if __name__ == "__main__":
+    main()
