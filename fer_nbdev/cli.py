@@ -191,7 +191,7 @@ def prepare(
     for usage, counts in class_counts(table).items(): print(f"{usage}: " + ", ".join(f"{c} {n:,}" for c, n in counts.items()))
     print(f"{len(table):,} faces written to {out}")
 
-# %% ../nbs/14_cli.ipynb #c74b8c84
+# %% ../nbs/14_cli.ipynb #8078a14e
 @app.command()
 def train(
     data: Annotated[Path, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")] = None,
@@ -199,29 +199,60 @@ def train(
     recipe: Annotated[str, typer.Option(help="A bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.")] = None,
     settings: Annotated[list[str], typer.Option("--set", help="Change a field: --set epochs=3 --set augment.rotate=20. Repeatable.")] = None,
     classes: Annotated[str, typer.Option(help="Train on these classes only, separated by commas.")] = None,
+    votes: Annotated[Path, typer.Option(help="fer2013new.csv of FER+: train on its votes instead of single labels.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    track: Annotated[str, typer.Option(help="Also write to an experiment tracker: tensorboard or wandb.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ... Default: the GPU where there is one.")] = None,
     list_all: Annotated[bool, typer.Option("--list", help="Explain the bundled recipes and stop.")] = False,
 ):
-    """Train a network by a recipe, select the epoch on PublicTest, export it, and score it.
+    """Train a network by a recipe, export it, score it, and write a report.
 
-    Killed? The same command with `--resume` loses at most the epoch it was in.
+    Example: `fer train --data fer2013.csv --recipe four_class --set epochs=5`. Every recipe is one yaml file; to write your own,
+    copy the `recipe.yaml` of any run, edit it, and name it in `--recipe`. Killed? The same command with `--resume` loses at most
+    the epoch it was in.
     """
     require("fastai", "train")
-    from fer_nbdev.data import synthetic_faces
-    from fer_nbdev.train import Recipe, list_recipes, train as run
-    if list_all: return print("\n".join(f"{name:12} {about}" for name, about in list_recipes().items()))
-    table = _read_data(data, classes) if data else synthetic_faces(2100)
-    again = resume and (out/"run.json").exists()
-    if again and (recipe or settings): raise ValueError("--resume goes on with the run's own recipe: leave --recipe and --set out, or choose another --out")
-    r = None if again else Recipe.read(recipe or ("fer2013" if data else "synthetic")).set(settings or [])
-    try: run(r, table, out, resume=resume, device=device)
+    from fer_nbdev.recipe import list_recipes
+    from fer_nbdev.train import train as run
+    if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
+    table, r = _train_data(data, votes), _train_recipe(out, recipe or ("fer2013" if data else "synthetic"), settings, classes, resume, recipe)
+    try: run(r, table, out, resume=resume, device=device, track=track)
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
         raise typer.Exit(130) from None
     _export(out, out/"model", table)
+    _report(out, table)
     print(f"curves: {out/'curves.png'}\ntry it: fer predict --model {out/'model'}")
 
+# %% ../nbs/14_cli.ipynb #8a017323
+def _train_data(data, votes):
+    "What `fer train` trains on."
+    from fer_nbdev.data import read_ferplus, soft_labels, synthetic_faces
+    table = _read_data(data) if data else synthetic_faces(2100)
+    return soft_labels(table, read_ferplus(votes)) if votes else table
+
+def _train_recipe(out, name, settings, classes, resume, asked):
+    "The recipe of a new run; None where the run in `out` is resumed with its own."
+    from fer_nbdev.recipe import read_recipe
+    if resume and (out/"run.json").exists():
+        if asked or settings or classes: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set and --classes out, or choose another --out")
+        return None
+    return read_recipe(name).set([*(settings or []), *([f"classes=[{classes}]"] if classes else [])])
+
+def _report(run, table):
+    "Write the report of a run: on PrivateTest, or on the faces that selected where these include it."
+    from fer_nbdev.evaluate import write_report
+    from fer_nbdev.inference import Predictor
+    from fer_nbdev.recipe import read_recipe
+    from fer_nbdev.train import prepare_table
+    recipe = read_recipe(run/"recipe.yaml")
+    usage = recipe.valid if "PrivateTest" in str(recipe.valid) else "PrivateTest"
+    part = prepare_table(recipe, table).split(usage)
+    if not len(part): return
+    write_report(run/"report", Predictor(run/"model").predict_faces(part.pixels), part, f"{recipe.name} on {usage}")
+    print((run/"report"/"report.txt").read_text() + f"report: {run/'report'}")
+
+# %% ../nbs/14_cli.ipynb #e42b3669
 def _export(run, out, table):
     "Export a run and print the scores of its card."
     from fer_nbdev.export import export_run
