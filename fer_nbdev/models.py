@@ -206,8 +206,8 @@ class SEResNet(nn.Module):
 
     def forward(self, x): return self.head(self.stages(self.stem(x)))
 
-# %% ../nbs/03_models.ipynb #882b021b
-register_model("realtime_senet")(partial(SEResNet, stem=64, stem_depth=1, widths=(64, 128, 256, 512), blocks=(2, 2, 2, 2), dropout=.5));
+# %% ../nbs/03_models.ipynb #6e7366f5
+register_model("realtime_senet")(partial(SEResNet, stem=32, stem_depth=1, widths=(32, 64, 128, 256), blocks=(2, 2, 2, 2), dropout=.5));
 
 # %% ../nbs/03_models.ipynb #35c9d98a
 class FitInput(nn.Module):
