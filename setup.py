@@ -16,8 +16,8 @@ def requirements(name):
     return shlex.split(cfg.get(name, ""))
 
 
-extras = {"train": requirements("train_requirements")}
-extras["dev"] = extras["train"] + requirements("dev_requirements")
+extras = {name: requirements(f"{name}_requirements") for name in ("train", "track")}
+extras["dev"] = extras["train"] + extras["track"] + requirements("dev_requirements")
 
 with open("README.md", encoding="utf-8") as f:
     readme = f.read()

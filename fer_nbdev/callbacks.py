@@ -6,7 +6,7 @@
 __all__ = ['TRACKERS', 'has_bf16', 'BF16', 'EMA', 'SeedEpochs', 'History', 'best_epoch', 'plot_history', 'Curves', 'save_weights',
            'Checkpoint', 'load_checkpoint', 'EarlyStop', 'plateau_lr', 'Plateau', 'Freeze', 'create_tracker']
 
-# %% ../nbs/04b_callbacks.ipynb #85c4bbf9
+# %% ../nbs/04b_callbacks.ipynb #53d78d51
 import csv, json, random, sys, time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .core import write_whole
+from .core import require, write_whole
 from .recipe import MONITORS
 
 # %% ../nbs/04b_callbacks.ipynb #19a5aee2
@@ -129,7 +129,7 @@ def best_epoch(
     values = [r[monitor] for r in rows]
     return values.index(MONITORS[monitor](values))
 
-# %% ../nbs/04b_callbacks.ipynb #cf12bd27
+# %% ../nbs/04b_callbacks.ipynb #cd6580ca
 _CURVES = (dict(train_loss="training loss", valid_loss="validation loss"),
            dict(accuracy="accuracy", f1_score="macro F1", precision_score="macro precision", recall_score="macro recall"))
 
@@ -151,15 +151,17 @@ def plot_history(
     axs[1].set_title(f"best: epoch {rows[best]['epoch']}, {monitor} {rows[best][monitor]:.3f}", fontsize=9)
     return axs
 
+# %% ../nbs/04b_callbacks.ipynb #a998adc9
 class Curves(Callback):
-    "Draw the history into `curves.png`, and on the screen where this is a notebook, after every epoch and at the end."
+    "Draw the history into `curves.png`, and live in a notebook, after every epoch and at the end."
     order = 56  # after History
 
     def __init__(self,
         out,  # folder of the run
         monitor: str = "accuracy",  # what marks the best epoch
+        show: bool = True,  # on the screen too, where this is a notebook
         every: float = 2.,  # seconds that pass at least between two pictures
-    ): self.out, self.monitor, self.every, self.display, self.drawn = Path(out), monitor, every, None, 0.
+    ): self.out, self.monitor, self.show, self.every, self.display, self.drawn = Path(out), monitor, show, every, None, 0.
 
     def after_epoch(self):
         if time.time() - self.drawn > self.every: self._draw()
@@ -171,7 +173,7 @@ class Curves(Callback):
         import matplotlib.pyplot as plt
         figure = plot_history(self.history.rows, monitor=self.monitor)[0].figure
         with write_whole(self.out/"curves.png") as tmp: figure.savefig(tmp, format="png", dpi=110)
-        if "ipykernel" in sys.modules: self._show(figure)
+        if self.show and "ipykernel" in sys.modules: self._show(figure)
         plt.close(figure)
         self.drawn = time.time()
 
@@ -292,22 +294,31 @@ class Freeze(Callback):
     def after_fit(self):
         for p in self.body: p.requires_grad_(True)
 
-# %% ../nbs/04b_callbacks.ipynb #f9b65e5e
+# %% ../nbs/04b_callbacks.ipynb #55e2a0dd
 TRACKERS = ("tensorboard", "wandb")  # experiment trackers that `train` can write to
+
+def _create_tensorboard(out):
+    from fastai.callback.tensorboard import TensorBoardCallback
+    class TensorBoard(TensorBoardCallback):
+        def after_batch(self):
+            if not self.training: return
+            self.writer.add_scalar("train_loss", self.smooth_loss, self.train_iter)
+            self.writer.add_scalar("lr", self.opt.hypers[-1]["lr"], self.train_iter)
+    return TensorBoard(str(out/"tensorboard"), trace_model=False, log_preds=False)
+
+def _create_wandb(out, about):
+    import wandb
+    from fastai.callback.wandb import WandbCallback
+    wandb.finish()  # a run before this one in the same process
+    wandb.init(project="fer_nbdev", dir=str(out), config=about)
+    return WandbCallback(log_preds=False, log_model=False)
 
 def create_tracker(
     name: str,  # one of `TRACKERS`
     out,  # folder of the run
-    about: dict = None,  # what a tracker shows beside the curves
+    about: dict = None,  # what Weights & Biases shows beside the curves
 ) -> Callback:
     "fastai's callback for an experiment tracker. Raises `ValueError` for an unknown one, `ImportError` with the line to type for a missing one."
-    from fer_nbdev.core import require
     if name not in TRACKERS: raise ValueError(f"unknown tracker {name!r}: expected one of {', '.join(TRACKERS)}")
     require(name, "track")
-    if name == "tensorboard":
-        from fastai.callback.tensorboard import TensorBoardCallback
-        return TensorBoardCallback(Path(out)/"tensorboard", trace_model=False, log_preds=False)
-    import wandb
-    from fastai.callback.wandb import WandbCallback
-    wandb.init(project="fer_nbdev", dir=str(out), config=about, id=None, resume="allow")
-    return WandbCallback(log_preds=False, log_model=False)
+    return _create_tensorboard(Path(out)) if name == "tensorboard" else _create_wandb(Path(out), about)

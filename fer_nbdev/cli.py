@@ -260,32 +260,42 @@ def _export(run, out, table):
     for usage, s in card.get("scores", {}).items(): print(f"{usage}: accuracy {s['accuracy']:.1%}, macro F1 {s['macro_f1']:.3f}, ECE {s['ece']:.3f}")
     print(f"model: {out}")
 
-# %% ../nbs/14_cli.ipynb #c1c43808
+# %% ../nbs/14_cli.ipynb #c439e66f
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundled model or a model folder.")],
     data: Annotated[Path, typer.Option(help="FER2013: a csv or class folders.")],
-    split: Annotated[str, typer.Option(help="private, public or train.")] = "private",
+    split: Annotated[str, typer.Option(help="private, public or train; several joined by +.")] = "private",
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views.")] = False,
+    report: Annotated[Path, typer.Option(help="Folder for the report: text, JSON, confusion matrix, answers, mistakes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All scores as one JSON object.")] = False,
 ):
-    "Score a model on one split, beside what its card says."
+    "Score a model on one split, beside what its card says, and time it."
     require("sklearn", "train")
-    from fer_nbdev.evaluate import score_table
+    from fer_nbdev.evaluate import measure_latency, score, write_report
     from fer_nbdev.inference import Predictor
     predictor = Predictor(model, tta=tta)
     part = _read_data(data, predictor.classes).split(split)
     if not len(part): raise ValueError(f"{data} has no rows of the split {split!r}")
-    s = score_table(predictor.predict_faces, part, predictor.classes)
+    probs, name = predictor.predict_faces(part.pixels), "+".join(dict.fromkeys(part.usage.tolist()))
+    s = write_report(report, probs, part, f"{predictor.card['name']} on {name}") if report else score(probs, part.emotion, part.classes)
     if as_json: return print(json.dumps(s))
+    _print_scores(s, f"{predictor.card['name']} on {name}")
+    card = predictor.card.get("scores", {}).get(name)
+    if card and not tta: print(f"its card says accuracy {card['accuracy']:.2%}")
+    t = measure_latency(predictor.predict_faces, img_size=predictor.img_size)
+    print(f"{t['single_ms']:.2f} ms a face one by one, {t['batch_ms']:.2f} ms in batches of {t['batch']}, on this machine now")
+    if report: print(f"report: {report}")
+
+def _print_scores(s, title):
+    "A row for each class and a line of sums."
     from rich.table import Table
-    table = Table("class", "precision", "recall", "F1", "faces", title=f"{predictor.card['name']} on {part.usage[0]}")
+    table = Table("class", "precision", "recall", "F1", "faces", title=title)
     for c, v in s["per_class"].items(): table.add_row(c, f"{v['precision']:.3f}", f"{v['recall']:.3f}", f"{v['f1']:.3f}", f"{v['support']:,}")
     _console().print(table)
     print(f"accuracy {s['accuracy']:.2%}  macro F1 {s['macro_f1']:.3f}  log loss {s['log_loss']:.3f}  ECE {s['ece']:.3f}  ({s['n']:,} faces)")
-    card = predictor.card.get("scores", {}).get(part.usage[0])
-    if card and not tta: print(f"its card says accuracy {card['accuracy']:.2%}")
 
+# %% ../nbs/14_cli.ipynb #b0ca404b
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a training run.")],

@@ -108,7 +108,15 @@ def check_parity(
     if not difference <= limit: raise ValueError(f"the exported graph differs from the network by {difference:.2g} in a probability; at most {limit:.2g} is let through")
     return difference
 
-# %% ../nbs/08_export.ipynb #890a148d
+# %% ../nbs/08_export.ipynb #09951fc9
+def _checked_graph(model, img_size, stats, temperature, half_weights, limit):
+    "(graph, parity, half): with float16 weights where that is asked for and good enough, else with float32."
+    graph = create_onnx(model, img_size, stats, temperature, half_weights)
+    try: return graph, check_parity(graph, model, stats, temperature, img_size, limit), half_weights
+    except ValueError:
+        if not half_weights: raise
+        return _checked_graph(model, img_size, stats, temperature, False, limit)
+
 def _write_card(card, out):
     with write_whole(out/"card.json") as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding="utf-8")
 
@@ -119,7 +127,7 @@ def export_model(
     img_size: int = 48,  # side of the faces, in pixels
     stats: tuple = FER2013_STATS,  # mean and standard deviation of the pixels in 0..1
     temperature: float = 1.,  # the logits are divided by it
-    half_weights: bool = True,  # store the weights as float16
+    half_weights: bool = True,  # store the weights as float16, unless that takes the graph past `limit`
     limit: float = 1e-2,  # largest difference from PyTorch that is let through
     **about,  # further entries of the card: name, arch, recipe, seed, data, scores ...
 ) -> dict:
@@ -129,9 +137,8 @@ def export_model(
     out, model = Path(out).expanduser(), model.eval()
     with torch.no_grad(): k = model(torch.zeros(1, 1, img_size, img_size)).shape[1]
     if k != len(classes): raise ValueError(f"the network has {k} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
-    graph = create_onnx(model, img_size, stats, temperature, half_weights)
-    parity = check_parity(graph, model, stats, temperature, img_size, limit)
-    card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, temperature=temperature, n_params=count_parameters(model), parity=parity) | about
+    graph, parity, half = _checked_graph(model, img_size, stats, temperature, half_weights, limit)
+    card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, temperature=temperature, n_params=count_parameters(model), weights="float16" if half else "float32", parity=parity) | about
     card["files"] = {"model.onnx": dict(sha256=hashlib.sha256(graph).hexdigest(), bytes=len(graph))}
     out.mkdir(parents=True, exist_ok=True)
     with write_whole(out/"model.onnx") as tmp: Path(tmp).write_bytes(graph)

@@ -21,7 +21,7 @@ from .loaders import SAMPLINGS, Augment
 from .losses import LOSSES
 from .models import list_models
 
-# %% ../nbs/04a_recipe.ipynb #d9cc5a19
+# %% ../nbs/04a_recipe.ipynb #09aec4b5
 @dataclass(frozen=True)
 class Recipe:
     "How to train one network. Every field has a default; a yaml file holds those it changes."
@@ -59,8 +59,7 @@ class Recipe:
     clip: float = None  # largest norm of the gradient
     schedule: str = "one_cycle"  # a name of `SCHEDULES`
     pct_start: float = .25  # share of the run in which the learning rate rises
-    plateau: dict = field(default_factory=dict)  # factor, patience and min_lr of the plateau schedule
-    decay: float = 0.  # of the inverse schedule, per step
+    schedule_args: dict = field(default_factory=dict)  # factor, patience and min_lr of plateau; decay of inverse, per step
     # the run
     ema: float = .999  # decay of the averaged weights; 0 switches them off
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the machine has instructions for it
@@ -79,8 +78,8 @@ SCHEDULES = dict(one_cycle="rise, then fall to nearly nothing, both by a cosine"
 
 MONITORS = dict(accuracy=max, f1_score=max, precision_score=max, recall_score=max, valid_loss=min, train_loss=min)  # metrics, and which end is better
 
-# %% ../nbs/04a_recipe.ipynb #5e23d940
-_PLATEAU = dict(factor=.5, patience=5, min_lr=0.)
+# %% ../nbs/04a_recipe.ipynb #78b8f717
+_SCHEDULE_ARGS = dict(plateau=("factor", "patience", "min_lr"), inverse=("decay",))
 _ALLOWED = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, monitor=MONITORS, loss=LOSSES, sampling=(None, *SAMPLINGS),
                 class_weights=(None, "inverse", "effective"), precision=("auto", "bf16", "fp32"), n_in=(1, 3))
 _ABOVE_ZERO = ("epochs", "bs", "lr", "pct_start", "lr_mult", "clip", "patience")
@@ -94,7 +93,7 @@ def _check_number(name, value, kind):
 def _check_keys(name, settings, known):
     "Raise ValueError where a dict holds keys that nobody reads."
     unknown = sorted(set(map(str, settings)) - set(known))
-    if unknown: raise ValueError(f"{name} has no setting {', '.join(unknown)}: expected among {', '.join(known)}")
+    if unknown: raise ValueError(f"{name} has no setting {', '.join(unknown)}: expected {'among ' + ', '.join(known) if known else 'none'}")
 
 def check_recipe(
     recipe: Recipe,  # any
@@ -110,7 +109,7 @@ def check_recipe(
     if recipe.freeze_epochs and recipe.pretrained is False: raise ValueError(f"freeze_epochs={recipe.freeze_epochs}: there is nothing worth freezing in a network without pretrained weights; set pretrained")
     unknown = [c for c in recipe.classes or () if c not in EMOTIONS]
     if unknown: raise ValueError(f"classes={recipe.classes!r}: expected among {', '.join(EMOTIONS)}")
-    _check_keys("plateau", recipe.plateau, _PLATEAU)
+    _check_keys(f"schedule_args of {recipe.schedule}", recipe.schedule_args, _SCHEDULE_ARGS.get(recipe.schedule, ()))
     create_augment(recipe.augment)
 
 # %% ../nbs/04a_recipe.ipynb #d6e2756c

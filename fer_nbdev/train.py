@@ -78,7 +78,7 @@ def group_lrs(
     if recipe.lr_mult == 1: return np.full(2, recipe.lr)
     return recipe.lr / np.repeat([recipe.lr_mult, recipe.lr_mult**.5, 1.], 2)
 
-# %% ../nbs/05_train.ipynb #43933de7
+# %% ../nbs/05_train.ipynb #8ed10ef7
 def _create_optimizer(recipe):
     "The optimiser of a recipe as fastai takes it."
     opt, m = OPTIMIZERS[recipe.optimizer], recipe.momentum
@@ -90,7 +90,7 @@ def _create_schedule(recipe, lr, steps):
     "A function from the share of the run done to the learning rates, or None where a callback sets them."
     if recipe.schedule == "one_cycle": return combined_cos(recipe.pct_start, lr/25, lr, lr/1e5)
     if recipe.schedule == "cosine": return combine_scheds([recipe.pct_start, 1 - recipe.pct_start], [SchedLin(lr/25, lr), SchedCos(lr, lr*0)])
-    if recipe.schedule == "inverse": return partial(_inverse, lr, recipe.decay*steps)
+    if recipe.schedule == "inverse": return partial(_inverse, lr, recipe.schedule_args.get("decay", 0.)*steps)
     return SchedNo(lr, lr) if recipe.schedule == "constant" else None
 
 def _inverse(lr, decay, share): return lr / (1 + decay*share)
@@ -101,7 +101,7 @@ def schedule_cbs(
 ) -> list:
     "The callbacks that set the learning rates. While the head learns alone they rise; the schedule proper follows with half of them, as in fastai's `fine_tune`."
     lr, n, frozen = group_lrs(recipe), recipe.epochs, recipe.freeze_epochs
-    if recipe.schedule == "plateau": return [Plateau(recipe.lr, recipe.monitor, **recipe.plateau)]
+    if recipe.schedule == "plateau": return [Plateau(recipe.lr, recipe.monitor, **recipe.schedule_args)]
     schedule = _create_schedule(recipe, lr/2 if frozen else lr, n*steps)
     if frozen: schedule = combine_scheds([frozen/(frozen + n), n/(frozen + n)], [combined_cos(.99, lr/25, lr, lr/1e5), schedule])
     return [ParamScheduler(dict(lr=schedule))]
@@ -204,11 +204,11 @@ def keep_freed_memory():
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # numbers of malloc.h
     mallopt(mmap_max, 0); mallopt(trim_threshold, 2**31 - 1); mallopt(top_pad, 2**28)
 
-# %% ../nbs/05_train.ipynb #0fb7735d
+# %% ../nbs/05_train.ipynb #4b80d766
 def _run_cbs(recipe, out, rows, progress, track, about):
     "The callbacks that write a run down."
     ema = EMA(recipe.ema) if recipe.ema else None
-    cbs = [*L(ema), History(out, rows, verbose=not progress), Curves(out, recipe.monitor), Checkpoint(out, ema, recipe.monitor)]
+    cbs = [*L(ema), History(out, rows, verbose=not progress), Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
     if recipe.patience: cbs.append(EarlyStop(recipe.patience, recipe.monitor))
     if track: cbs.append(create_tracker(track, out, about))
     return cbs

@@ -1,0 +1,150 @@
+"""Every part that a recipe can choose trains a little, survives a kill, and does what it says."""
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastcore.basics import noop
+
+from fer_nbdev.data import FER2013, synthetic_faces
+from fer_nbdev.loaders import fer_dls
+from fer_nbdev.losses import LOSSES
+from fer_nbdev.recipe import MONITORS, OPTIMIZERS, SCHEDULES, list_recipes, read_recipe
+from fer_nbdev.train import fer_learner, group_lrs, load_run, train
+
+SHORT = read_recipe("synthetic").set(["epochs=3", "lr=.003", "precision=fp32", "bs=32"])
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return synthetic_faces(980)[:280]
+
+
+class Kill(Callback):
+    "Pull the plug in the middle of the last epoch."
+    def before_batch(self):
+        if self.training and self.epoch == 2 and self.iter == 4:
+            raise KeyboardInterrupt
+
+
+def _weights(learn):
+    return list(learn.model.state_dict().values())
+
+
+def _rows(run):
+    rows = json.loads((run / "history.json").read_text())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+# between them they name every schedule, loss and sampling, and what has a state of its own
+CHOICES = [["optimizer=adamw", "schedule=cosine"], ["optimizer=ranger", "schedule=plateau", "schedule_args.patience=0"],
+           ["optimizer=rmsprop", "schedule=inverse", "schedule_args.decay=.01", "mixup=.4"], ["loss=focal", "cutmix=1.", "sampling=weighted", "clip=1."],
+           ["optimizer=lamb", "sampling=oversample", "schedule=constant", "ema=0"], ["class_weights=effective", "monitor=valid_loss", "label_smoothing=.1"]]
+
+
+@pytest.mark.parametrize("settings", CHOICES, ids=" ".join)
+def test_a_killed_run_resumes_bit_for_bit(settings, faces, tmp_path):
+    recipe = SHORT.set(settings)
+    whole = train(recipe, faces, tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, faces, tmp_path / "killed", progress=False, cbs=[Kill()])
+    assert len(_rows(tmp_path / "killed")) == 2
+    resumed = train(None, faces, tmp_path / "killed", resume=True, progress=False)
+    assert _rows(tmp_path / "killed") == _rows(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(resumed)))
+
+
+def test_the_choices_above_cover_the_tables():
+    recipes = [SHORT.set(c) for c in CHOICES]
+    assert {r.schedule for r in recipes} == set(SCHEDULES) and {r.loss for r in recipes} == set(LOSSES)
+
+
+def test_one_seed_one_result(faces, tmp_path):
+    a, b, other = (train(replace(SHORT, epochs=2, seed=seed), faces, tmp_path / str(i), progress=False) for i, seed in enumerate((5, 5, 6)))
+    assert _rows(tmp_path / "0") == _rows(tmp_path / "1") != _rows(tmp_path / "2")
+    assert all(torch.equal(x, y) for x, y in zip(_weights(a), _weights(b)))
+    assert not all(torch.equal(x, y) for x, y in zip(_weights(a), _weights(other)))
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_optimizer_moves_every_weight(name, faces):
+    recipe = replace(SHORT, optimizer=name, lr=.001)
+    learn = fer_learner(fer_dls(faces[:64], 32), recipe)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    before = [p.clone() for p in learn.model.parameters()]
+    learn.fit(1, group_lrs(recipe), wd=[1e-3, 0.])
+    still = [p.ndim for p, b in zip(learn.model.parameters(), before) if torch.equal(p, b)]
+    assert not still or name == "larc" and max(still) == 1  # larc leaves biases that begin at zero there
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_small_network_learns_28_faces_by_heart(precision, faces, tmp_path):
+    part = faces[:28]
+    both = FER2013(np.concatenate([part.pixels] * 2), np.concatenate([part.emotion] * 2), np.array(["Training"] * 28 + ["PublicTest"] * 28))
+    recipe = replace(SHORT, epochs=90, bs=28, augment=None, precision=precision, ema=0., lr=.05)
+    learn = train(recipe, both, tmp_path / "run", progress=False)
+    assert max(row["accuracy"] for row in _rows(tmp_path / "run")) == 1
+    assert "forward" not in vars(learn.model)
+
+
+@pytest.mark.parametrize("monitor", sorted(MONITORS))
+def test_early_stop_and_best_weights_follow_the_monitor(monitor, faces, tmp_path):
+    recipe = replace(SHORT, epochs=12, patience=1, lr=.02, monitor=monitor)
+    train(recipe, faces, tmp_path, progress=False)
+    rows, about = _rows(tmp_path), json.loads((tmp_path / "run.json").read_text())
+    values = [row[monitor] for row in rows]
+    assert values[about["best_epoch"]] == MONITORS[monitor](values)
+    assert len(rows) == 12 or len(rows) - 1 - about["best_epoch"] == 1
+    train(None, faces, tmp_path, resume=True, progress=False)  # a run that stopped early stays stopped
+    assert _rows(tmp_path) == rows
+
+
+def test_every_bundled_recipe_takes_a_step(tmp_path):
+    "A step of every recipe's own network, data, augmentation, loss and schedule, on faces that are drawn."
+    table = synthetic_faces(280)
+    for name in list_recipes():
+        recipe = read_recipe(name).set(["epochs=1", "bs=8"])
+        if recipe.per_class:
+            recipe = replace(recipe, per_class={k: 3 for k in recipe.per_class})
+        train(recipe, table[::4] if recipe.per_class is None else table, tmp_path / name, progress=False)
+        model = load_run(tmp_path / name)
+        with torch.no_grad():
+            assert model(torch.zeros(2, 1, 48, 48)).shape == (2, len(recipe.classes or table.classes))
+
+
+def test_trackers_write_what_they_are_asked_to(faces, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = replace(SHORT, epochs=2)
+    train(recipe, faces, tmp_path / "a", progress=False, track="tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
+    events.Reload()
+    logged = [e.value for e in events.Scalars("accuracy")]
+    assert np.allclose(logged, [row["accuracy"] for row in _rows(tmp_path / "a")], atol=1e-5)
+    train(recipe, faces, tmp_path / "b", progress=False, track="wandb")
+    assert list((tmp_path / "b" / "wandb").glob("offline-run-*/*.wandb"))
+    os.environ.pop("WANDB_SERVICE", None)
+
+
+def test_a_pretrained_body_is_fine_tuned_in_two_phases(faces, tmp_path):
+    "Weights of our own stand in for a hub's: the body waits for the head, then learns more slowly."
+    first = train(SHORT, faces, tmp_path / "first", progress=False)
+    recipe = SHORT.set(["epochs=1", "freeze_epochs=1", "lr_mult=100", "ema=0", "img_size=64", f"pretrained={tmp_path/'first'/'best.safetensors'}"])
+    bodies = []
+
+    class Look(Callback):
+        def after_train(self):
+            bodies.append(([h["lr"] for h in self.opt.hypers], {k: v.clone() for k, v in self.model.named_parameters()}))
+    train(recipe, faces, tmp_path / "second", progress=False, cbs=[Look()])
+    trained = dict(first.model.named_parameters())
+    (_, frozen), (lrs, tuned) = bodies
+    body = [k for k in trained if not k.startswith("head")]
+    assert body and all(torch.equal(frozen[f"body.{k}"], trained[k]) for k in body)
+    assert not any(torch.equal(tuned[f"body.{k}"], trained[k]) for k in body)
+    assert np.allclose(np.array(lrs) / lrs[-1], [.01, .01, .1, .1, 1, 1])
