@@ -49,7 +49,7 @@ class Step:
         self.loss = create_loss(None, recipe.label_smoothing, self.device)
         decayed, plain = decay_groups(model)
         groups = [{"params": decayed, "weight_decay": recipe.wd}, {"params": plain, "weight_decay": 0.}]
-        extra = {"momentum": recipe.momentum, "nesterov": True} if recipe.optimizer == "sgd" else {}
+        extra = {"momentum": recipe.momentum, "nesterov": True, "fused": True} if recipe.optimizer == "sgd" else {}
         self.opt = OPTIMIZERS[recipe.optimizer](groups, lr=recipe.lr / 25, **extra)
 
     def __call__(self, x, y):

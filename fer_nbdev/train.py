@@ -78,13 +78,14 @@ def group_lrs(
     if recipe.lr_mult == 1: return np.full(2, recipe.lr)
     return recipe.lr / np.repeat([recipe.lr_mult, recipe.lr_mult**.5, 1.], 2)
 
-# %% ../nbs/05_train.ipynb #8ed10ef7
+# %% ../nbs/05_train.ipynb #9e7ce34b
 def _create_optimizer(recipe):
     "The optimiser of a recipe as fastai takes it."
     opt, m = OPTIMIZERS[recipe.optimizer], recipe.momentum
     if not isinstance(opt, type): return partial(opt, mom=m)  # fastai's own
-    named = dict(sgd=dict(momentum=m, nesterov=m > 0), rmsprop=dict(momentum=m), adagrad={})
-    return partial(OptimWrapper, opt=opt, **named.get(recipe.optimizer, dict(betas=(m, .999))))
+    named = dict(sgd=dict(momentum=m, nesterov=m > 0), rmsprop=dict(momentum=m), adagrad={}).get(recipe.optimizer, dict(betas=(m, .999)))
+    if recipe.optimizer in ("sgd", "adam", "adamw"): named["fused"] = True  # one pass over the weights instead of several
+    return partial(OptimWrapper, opt=opt, **named)
 
 def _create_schedule(recipe, lr, steps):
     "A function from the share of the run done to the learning rates, or None where a callback sets them."
@@ -136,7 +137,7 @@ def fer_learner(
     return FERLearner(dls, model, loss, _create_optimizer(recipe), lr=recipe.lr, splitter=decay_groups if recipe.lr_mult == 1 else depth_groups,
                       wd_bn_bias=True, metrics=_metrics(), cbs=_recipe_cbs(recipe, model, dls.device) + L(kwargs.pop("cbs", None)), **kwargs)
 
-# %% ../nbs/05_train.ipynb #ec743883
+# %% ../nbs/05_train.ipynb #82f8695e
 def describe_data(
     table: FER2013,  # the data of a run
 ) -> dict:
@@ -152,7 +153,7 @@ def _describe_machine(device):
     if torch.device(device).type == "cuda": name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists(): name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), name)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=str(resources.files("fer_nbdev")), capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return dict(hardware=f"{name}, {torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else name, commit=commit or f"v{__version__}",
+    return dict(hardware=f"{name}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}" if torch.device(device).type == "cpu" else name, commit=commit or f"v{__version__}",
                 versions={m.__name__: m.__version__ for m in (torch, np)} | dict(fer_nbdev=__version__, python=platform.python_version()))
 
 # %% ../nbs/05_train.ipynb #9bcc06ce
