@@ -78,14 +78,13 @@ def row(name, runs):
 
 
 def answer(rows):
+    "The table in a sentence."
     done = [r for r in rows if r["own"]]
-    fine = [r for r in done if not r["misses_by"]]
-    better = [r["ours_accuracy"] for r in rows if r["ours"]]
-    text = f"{len(fine)} of {len(rows)} reach their claim under their own protocol"
+    text = f"of {len(done)} networks trained by their own protocol {sum(not r['misses_by'] for r in done)} reach their claim"
     if len(done) < len(rows):
-        text += f" ({len(rows) - len(done)} not trained yet)"
-    seven = [r["ours_accuracy"] for r in rows if r["ours"] and r["network"] != "four_class"]
-    return text + (f"; under our recipe they reach {min(seven):.1%} to {max(seven):.1%} on PrivateTest with seven classes" if seven else "") if better else text
+        text += f" ({len(rows) - len(done)} are not trained yet)"
+    seven = [f"{r['network']} {r['ours_accuracy']:.1%}" for r in rows if r["ours"]]
+    return text + (f"; on PrivateTest our recipe makes of them: {', '.join(seven)}" if seven else "")
 
 
 def parse_args():
