@@ -9,7 +9,6 @@ Each measurement is a process of its own, because the engine changes how that pr
 turns, and each round begins with another one. The first steps of a process are not counted. A ratio is the median of
 the rounds' own ratios.
 """
-import argparse
 import itertools
 import json
 import statistics
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import _report
 from _report import report
-from train_step import enough_faces, in_turns, read_table
+from train_step import enough_faces, in_turns, parse_args, read_table
 
 RUNNERS = ("plain", "engine", "held batch")
 WARM_UP = 4  # steps
@@ -153,27 +152,9 @@ def run_one(args):
                       "faces": len(found), "source": Path(found.source).name}))
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; without it faces are drawn")
-    parser.add_argument("--limit", type=int, metavar="N", help="take only the first N Training faces, or draw N (default: all, 1400)")
-    parser.add_argument("--recipe", default="realtime_net", help="bundled recipe that gives network, optimiser, batch size, augmentation (default: %(default)s)")
-    parser.add_argument("--bs", type=int, metavar="N", help="another batch size than the recipe's")
-    parser.add_argument("--steps", type=int, default=16, metavar="N", help="steps that count in each process (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="rounds; the medians are reported (default: %(default)s)")
-    parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
-    parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where train_epoch.json is written (default: bench/results)")
-    parser.add_argument("--run", choices=RUNNERS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.data is not None and not args.data.exists():
-        parser.error(f"no data at {args.data}")
-    if any(n is not None and n < 1 for n in (args.limit, args.bs, args.steps, args.rounds)):
-        parser.error("--limit, --bs, --steps and --rounds take numbers from 1 up")
-    return args
-
-
 def main():
-    args = parse_args()
+    args = parse_args(__doc__, EXAMPLES, "train_epoch", "network, optimiser, batch size and augmentation", steps=16, each="process",
+                      recipe="realtime_net", rounds=4, runners=RUNNERS)
     if args.run:
         return run_one(args) or True
     _report.RESULTS = args.out

@@ -125,17 +125,22 @@ def measure_sources(step, loaders, held, steps, rounds):
     return in_turns(SOURCES, measure_one, rounds)
 
 
-def parse_args(description=__doc__, examples=EXAMPLES, name="train_step", gives="network, batch size, augmentation and precision", steps=8, each="source"):
-    "The arguments of a benchmark that takes training steps; `bf16.py` has the same ones in its own words."
+def parse_args(description=__doc__, examples=EXAMPLES, name="train_step", gives="network, batch size, augmentation and precision", steps=8, each="source",
+               recipe="fer2013", rounds=6, runners=()):
+    """The arguments of a benchmark that takes training steps; `bf16.py` and `train_epoch.py` have the same ones in their own words.
+
+    With `runners` there is a hidden `--run`, by which a benchmark starts itself for one measurement."""
     parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; without it faces are drawn")
     parser.add_argument("--limit", type=int, metavar="N", help="take only the first N Training faces, or draw N (default: all, 1400)")
-    parser.add_argument("--recipe", default="fer2013", help=f"bundled recipe, or yaml file, that gives {gives} (default: %(default)s)")
+    parser.add_argument("--recipe", default=recipe, help=f"bundled recipe, or yaml file, that gives {gives} (default: %(default)s)")
     parser.add_argument("--bs", type=int, metavar="N", help="another batch size than the recipe's")
     parser.add_argument("--steps", type=int, default=steps, metavar="N", help=f"steps of each {each} in a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="rounds; the medians are reported (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help="rounds; the medians are reported (default: %(default)s)")
     parser.add_argument("--device", help="torch device (default: the GPU where there is one)")
     parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help=f"where {name}.json is written (default: bench/results)")
+    if runners:
+        parser.add_argument("--run", choices=runners, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.data is not None and not args.data.exists():
         parser.error(f"no data at {args.data}")

@@ -191,7 +191,7 @@ def prepare(
     for usage, counts in class_counts(table).items(): print(f"{usage}: " + ", ".join(f"{c} {n:,}" for c, n in counts.items()))
     print(f"{len(table):,} faces written to {out}")
 
-# %% ../nbs/14_cli.ipynb #8078a14e
+# %% ../nbs/14_cli.ipynb #83ae78fb
 @app.command()
 def train(
     data: Annotated[Path, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")] = None,
@@ -215,7 +215,7 @@ def train(
     from fer_nbdev.recipe import list_recipes
     from fer_nbdev.train import train as run
     if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
-    table, r = _train_data(data, votes), _train_recipe(out, recipe or ("fer2013" if data else "synthetic"), settings, classes, resume, recipe)
+    table, r = _train_data(data, votes), _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, classes, resume)
     try: run(r, table, out, resume=resume, device=device, track=track)
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
@@ -224,20 +224,20 @@ def train(
     _report(out, table)
     print(f"curves: {out/'curves.png'}\ntry it: fer predict --model {out/'model'}")
 
-# %% ../nbs/14_cli.ipynb #8a017323
+# %% ../nbs/14_cli.ipynb #3fff9e32
 def _train_data(data, votes):
     "What `fer train` trains on."
     from fer_nbdev.data import read_ferplus, soft_labels, synthetic_faces
     table = _read_data(data) if data else synthetic_faces(2100)
     return soft_labels(table, read_ferplus(votes)) if votes else table
 
-def _train_recipe(out, name, settings, classes, resume, asked):
+def _train_recipe(out, recipe, default, settings, classes, resume):
     "The recipe of a new run; None where the run in `out` is resumed with its own."
     from fer_nbdev.recipe import read_recipe
     if resume and (out/"run.json").exists():
-        if asked or settings or classes: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set and --classes out, or choose another --out")
+        if recipe or settings or classes: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set and --classes out, or choose another --out")
         return None
-    return read_recipe(name).set([*(settings or []), *([f"classes=[{classes}]"] if classes else [])])
+    return read_recipe(recipe or default).set([*(settings or []), *([f"classes=[{classes}]"] if classes else [])])
 
 def _report(run, table):
     "Write the report of a run: on PrivateTest, or on the faces that selected where these include it."

@@ -7,8 +7,8 @@ __all__ = ['USAGES', 'IMAGE_SUFFIXES', 'FERPLUS_CLASSES', 'split_names', 'FER201
            'synthetic_faces', 'class_counts', 'plot_class_counts', 'plot_faces', 'read_fer2013', 'to_folders',
            'Duplicates', 'find_duplicates', 'FERPlus', 'read_ferplus', 'soft_labels']
 
-# %% ../nbs/01_data.ipynb #89a540c4
-import gzip, hashlib, io, lzma, re, warnings, zipfile
+# %% ../nbs/01_data.ipynb #1160b8a7
+import gzip, hashlib, lzma, warnings, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace

@@ -6,9 +6,9 @@
 __all__ = ['FERLearner', 'decay_groups', 'depth_groups', 'group_lrs', 'schedule_cbs', 'fer_learner', 'describe_data',
            'prepare_table', 'keep_freed_memory', 'train', 'load_run', 'fold_tables', 'cross_validate']
 
-# %% ../nbs/05_train.ipynb #6b280c34
+# %% ../nbs/05_train.ipynb #971a43ec
 import ctypes, hashlib, json, platform, shutil, subprocess, sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib import resources
@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score, precision_score, recall_score
 from sklearn.model_selection import StratifiedKFold
 
-from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, plot_history
+from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint
 from .core import write_whole
 from .data import FER2013, draw_per_class, select_classes
 from .loaders import fer_dls
@@ -205,7 +205,7 @@ def keep_freed_memory():
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # numbers of malloc.h
     mallopt(mmap_max, 0); mallopt(trim_threshold, 2**31 - 1); mallopt(top_pad, 2**28)
 
-# %% ../nbs/05_train.ipynb #4b80d766
+# %% ../nbs/05_train.ipynb #a910f5f2
 def _run_cbs(recipe, out, rows, progress, track, about):
     "The callbacks that write a run down."
     ema = EMA(recipe.ema) if recipe.ema else None
@@ -244,7 +244,8 @@ def train(
     if not progress: learn.remove_cb(ProgressCallback); learn.logger = noop
     if checkpoint: _restore(learn, checkpoint)
     if not (out/"run.json").exists(): _begin(out, recipe, about)
-    learn.fit(recipe.freeze_epochs + recipe.epochs, group_lrs(recipe), wd=[recipe.wd, 0.]*(len(group_lrs(recipe))//2), cbs=schedule_cbs(recipe, len(dls.train)))
+    lrs = group_lrs(recipe)
+    learn.fit(recipe.freeze_epochs + recipe.epochs, lrs, wd=[recipe.wd, 0.]*(len(lrs)//2), cbs=schedule_cbs(recipe, len(dls.train)))
     return _finish(learn, out, recipe, run_cbs)
 
 # %% ../nbs/05_train.ipynb #d46003b6
@@ -279,7 +280,7 @@ def load_run(
     model.load_state_dict(load_file(out/"best.safetensors"))
     return model.eval().to(device)
 
-# %% ../nbs/05_train.ipynb #60829818
+# %% ../nbs/05_train.ipynb #9603c7e7
 def fold_tables(
     table: FER2013,  # its Training rows are cut
     k: int = 5,  # folds
@@ -306,7 +307,7 @@ def cross_validate(
     Raises `ValueError` where a class has fewer Training faces than folds, or where `out` holds a cross-validation and `resume` is not given."""
     out, rows = Path(out), []
     for i, fold in enumerate(fold_tables(prepare_table(recipe, table), k, recipe.seed)):
-        learn = train(replace(recipe, valid="PublicTest", classes=None, per_class=None), fold, out/f"fold_{i}", resume, **kwargs)
+        train(replace(recipe, valid="PublicTest", classes=None, per_class=None), fold, out/f"fold_{i}", resume, **kwargs)
         history = json.loads((out/f"fold_{i}"/"history.json").read_text())
         rows.append(history[best_epoch(history, recipe.monitor)])
     scores = {m: [r[m] for r in rows] for m in rows[0] if m not in ("epoch", "lr", "seconds")}
