@@ -15,8 +15,8 @@ import typer
 from .core import read_image, require, sample_portrait, write_whole
 from .data import IMAGE_SUFFIXES
 
-# %% ../nbs/14_cli.ipynb #c240c376
-app = typer.Typer(name="fer", help="Facial emotion recognition: predict, prepare, train, evaluate, export.",
+# %% ../nbs/14_cli.ipynb #e9eb5e3d
+app = typer.Typer(name="fer", help="Facial emotion recognition: predict, prepare, train, evaluate, export. `fer COMMAND --help` shows examples.",
                   rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]))
 
 class _Errors(typer.core.TyperGroup):
@@ -57,15 +57,22 @@ def find_images(
         found += images
     return list(dict.fromkeys(found))
 
-# %% ../nbs/14_cli.ipynb #f8a2400a
-def _csv_lines(image, preds, classes):
-    "One csv row a face: image, face number, box, emotion, confidence, probabilities."
-    out = io.StringIO(newline="")
-    w = csv.writer(out, lineterminator="\n")
-    for i, p in enumerate(preds): w.writerow([image, i, *(p.box or [""]*4), p.emotion, f"{p.confidence:.4f}", *(f"{p.probs[c]:.4f}" for c in classes)])
-    return out.getvalue()
+# %% ../nbs/14_cli.ipynb #3d24bc78
+def _json_line(image, preds):
+    "One JSON object: the image with its faces, or with what is wrong with it."
+    return json.dumps(dict(image=image, error=str(preds)) if isinstance(preds, Exception) else dict(image=image, faces=[p.to_dict() for p in preds]))
 
-def _csv_header(classes): return ",".join(["image", "face", "x0", "y0", "x1", "y1", "emotion", "confidence", *classes])
+def _csv_lines(rows):
+    "Rows as csv text."
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue().rstrip("\n")
+
+def _csv_header(classes): return _csv_lines([["image", "face", "x0", "y0", "x1", "y1", "emotion", "confidence", *classes]])
+
+def _csv_faces(image, preds):
+    "One csv row a face: image, face number, box, emotion, confidence, probabilities."
+    return _csv_lines([image, i, *(p.box or [""]*4), p.emotion, f"{p.confidence:.4f}", *(f"{v:.4f}" for v in p.probs.values())] for i, p in enumerate(preds))
 
 def _bars(image, preds):
     "All faces of one image with a bar for every probability."
@@ -82,20 +89,25 @@ def _table(results):
     for image, preds in results:
         if not preds: table.add_row(image, "", "no face found", "", "")
         for p in preds:
-            second, v = sorted(p.probs.items(), key=lambda kv: -kv[1])[1]
+            second, v = p.top_k(2)[1]
             table.add_row(image, ",".join(map(str, p.box)) if p.box else "", p.emotion, f"{p.confidence:.0%}", f"{second} {v:.0%}")
     return table
 
-# %% ../nbs/14_cli.ipynb #caa8e3a8
+def _print_summary(results, n):
+    "Bars where one image was asked for, otherwise a table."
+    if n == 1: print(_bars(*results[0]))
+    else: _console().print(_table(results))
+
+# %% ../nbs/14_cli.ipynb #ae9b328e
 def _console(err=False):
     from rich.console import Console
     return Console(stderr=err, force_jupyter=False)
 
-def _progress(items, on):
+def _progress(items, total, on):
     "Items with a progress bar on stderr, where that is a terminal."
     if not on or not sys.stderr.isatty(): return items
     from rich.progress import track
-    return track(items, description="Predicting", console=_console(err=True))
+    return track(items, description="Predicting", total=total, console=_console(err=True))
 
 def _annotate(out, picture, name, preds):
     "Save the picture with boxes, labels and probability bars as `<out>/<name>.png`; never over another one of this call."
@@ -116,45 +128,87 @@ def _names(images):
         names.append(stem if n == 1 else f"{stem}-{n}")
     return names
 
-# %% ../nbs/14_cli.ipynb #70d04ef8
+# %% ../nbs/14_cli.ipynb #1b4cc02d
+def _stages(predictor, source):
+    "Milliseconds of reading, detecting and classifying one image, and its faces."
+    from time import perf_counter
+    from fer_nbdev.detect import detect_faces
+    t = [perf_counter()]
+    image = read_image(source); t.append(perf_counter())
+    boxes = detect_faces(image, predictor.detector); t.append(perf_counter())
+    predictor.predict(image, boxes); t.append(perf_counter())
+    return [1000*(b - a) for a, b in zip(t, t[1:])], len(boxes)
+
+def _print_latency(predictor, sources, at_most=20):
+    "The median of each step over the first images, after one that does not count."
+    from statistics import median
+    _stages(predictor, sources[0])
+    stages, faces = zip(*(_stages(predictor, source) for source in (sources*5)[:max(5, min(len(sources), at_most))]))
+    read, detect, classify = (median(ms) for ms in zip(*stages))
+    print(f"latency: {read + detect + classify:.1f} ms an image = read {read:.1f} + detect {detect:.1f} + cut out and classify {classify:.1f}; "
+          f"{sum(faces)/len(faces):.1f} faces an image; medians of {len(faces)}", file=sys.stderr)
+
+# %% ../nbs/14_cli.ipynb #96fdccf4
 _SAMPLE = "sample portrait"  # what is predicted where no image is named
 
+def _arguments(images, files_from):
+    "The images that a command line asks for."
+    for image in images or []:
+        if image.startswith(("http://", "https://")): raise ValueError(f"{image} is an address, and fer downloads nothing: curl -s {image} | fer predict -")
+    listed = [] if files_from is None else (sys.stdin.read() if str(files_from) == "-" else Path(files_from).read_text(encoding="utf-8")).splitlines()
+    if files_from is not None and not any(listed): raise ValueError(f"--files-from {files_from} names no image: expected one path a line")
+    return find_images([*(images or []), *filter(None, listed)]) if images or listed else [_SAMPLE]
+
+def _source(image):
+    "What `read_image` takes for an argument."
+    return sys.stdin.buffer.read() if image == "-" else sample_portrait() if image == _SAMPLE else image
+
+def _print_answer(image, preds, as_json, as_csv):
+    "What is printed as soon as an image is done."
+    if as_json: print(_json_line(image, preds), flush=True)
+    if isinstance(preds, Exception): print(f"fer: {preds}" if image in str(preds) else f"fer: {image}: {preds}", file=sys.stderr)
+    elif as_csv and preds: print(_csv_faces(image, preds), flush=True)
+
+# %% ../nbs/14_cli.ipynb #0da87717
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Files, folders, quoted patterns, or - for standard input. Without any: a sample portrait.")] = None,
-    model: Annotated[str, typer.Option(help="A bundled model (see `fer models`) or a model folder.")] = "accurate",
-    detector: Annotated[str, typer.Option(help="haar, none (every image is one face) or auto.")] = "auto",
+    images: Annotated[list[str], typer.Argument(help="Files, folders, quoted patterns, or - for an image on standard input. Without any: a sample portrait.")] = None,
+    model: Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.")] = ["accurate"],
+    detector: Annotated[str, typer.Option(help="auto, haar, yunet, the path of a YuNet model, or none: every image is one face.")] = "auto",
+    margin: Annotated[float, typer.Option(help="What to add around a face, as a part of its box. Default: as the models were trained.")] = None,
+    align: Annotated[bool, typer.Option("--align", help="Turn faces upright by the eyes; needs yunet.")] = False,
+    min_confidence: Annotated[float, typer.Option(min=0, max=1, help="Below this probability the answer is: uncertain.")] = 0.,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views: a little better, ten times slower.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of the network. Default: the usable cores, at most 4.")] = None,
+    provider: Annotated[list[str], typer.Option(help="What computes: cpu, cuda, coreml, openvino, directml. Repeatable.")] = None,
+    workers: Annotated[int, typer.Option(help="Threads that read images and find faces. Default: the usable cores.")] = None,
+    files_from: Annotated[Path, typer.Option(help="Read more paths from this file, one a line; - for standard input.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object an image.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One csv row a face.")] = False,
     annotate: Annotated[Path, typer.Option(help="Folder for pictures with boxes, labels and bars.")] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Say how long reading, detecting and classifying took.")] = False,
 ):
     """Find the faces in images and print the emotion of each.
 
-    Examples: `fer predict photo.jpg` · `fer predict holiday/ --csv > faces.csv` · `fer predict face.png --detector none --json`
+    Examples: `fer predict photo.jpg` · `fer predict holiday/ --csv > faces.csv` · `fer predict face.png --detector none --json` ·
+    `find . -name "*.jpg" | fer predict --files-from -` · `curl -s URL | fer predict -`
     """
     if as_json and as_csv: raise typer.BadParameter("--json and --csv exclude each other")
     from fer_nbdev.inference import Predictor
-    images = find_images(images) if images else [_SAMPLE]
-    predictor, results, failed = Predictor(model, tta=tta, detector=detector), [], 0
+    predictor = Predictor(model if len(model) > 1 else model[0], threads=threads, providers=provider or None, tta=tta, detector=detector,
+                          margin=margin, align=align, min_confidence=min_confidence)
+    images, done = _arguments(images, files_from), []
     if annotate: annotate.mkdir(parents=True, exist_ok=True)
     if as_csv: print(_csv_header(predictor.classes))
-    for image, name in zip(_progress(images, len(images) > 4), _names(images)):
-        try:
-            picture = read_image(sys.stdin.buffer.read() if image == "-" else sample_portrait() if image == _SAMPLE else image)
-            preds = predictor(picture)
-            if annotate: _annotate(annotate, picture, name, preds)
-        except (ValueError, OSError) as e:
-            failed += 1
-            print(f"fer: {e}" if image in str(e) else f"fer: {image}: {e}", file=sys.stderr)
-            if as_json: print(json.dumps(dict(image=image, error=str(e))))
-            continue
-        if as_json: print(json.dumps(dict(image=image, faces=[p.to_dict() for p in preds])))
-        elif as_csv: print(_csv_lines(image, preds, predictor.classes), end="")
-        elif len(images) == 1: print(_bars(image, preds))
-        else: results.append((image, preds))
-    if results: _console().print(_table(results))
-    if failed: raise typer.Exit(1)
+    answers = predictor.predict_many([_source(image) for image in images], workers)
+    for image, name, (source, preds) in zip(images, _names(images), _progress(answers, len(images), on=len(images) > 4)):
+        _print_answer(image, preds, as_json, as_csv)
+        if isinstance(preds, Exception): continue
+        if annotate: _annotate(annotate, source, name, preds)
+        done.append((image, source, preds))
+    if done and not (as_json or as_csv): _print_summary([(image, preds) for image, _, preds in done], len(images))
+    if latency and done: _print_latency(predictor, [source for _, source, _ in done])
+    if len(done) < len(images): raise typer.Exit(1)
 
 # %% ../nbs/14_cli.ipynb #856694b7
 @app.command()
@@ -191,7 +245,7 @@ def prepare(
     for usage, counts in class_counts(table).items(): print(f"{usage}: " + ", ".join(f"{c} {n:,}" for c, n in counts.items()))
     print(f"{len(table):,} faces written to {out}")
 
-# %% ../nbs/14_cli.ipynb #83ae78fb
+# %% ../nbs/14_cli.ipynb #1f73393b
 @app.command()
 def train(
     data: Annotated[Path, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")] = None,
@@ -220,11 +274,12 @@ def train(
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
         raise typer.Exit(130) from None
-    _export(out, out/"model", table)
+    from fer_nbdev.export import export_run
+    _print_card(export_run(out, out/"model", table), out/"model")
     _report(out, table)
     print(f"curves: {out/'curves.png'}\ntry it: fer predict --model {out/'model'}")
 
-# %% ../nbs/14_cli.ipynb #3fff9e32
+# %% ../nbs/14_cli.ipynb #85653615
 def _train_data(data, votes):
     "What `fer train` trains on."
     from fer_nbdev.data import read_ferplus, soft_labels, synthetic_faces
@@ -241,51 +296,70 @@ def _train_recipe(out, recipe, default, settings, classes, resume):
 
 def _report(run, table):
     "Write the report of a run: on PrivateTest, or on the faces that selected where these include it."
-    from fer_nbdev.evaluate import write_report
-    from fer_nbdev.inference import Predictor
+    from fer_nbdev.evaluate import evaluate_model
     from fer_nbdev.recipe import read_recipe
+    from fer_nbdev.report import write_report
     from fer_nbdev.train import prepare_table
     recipe = read_recipe(run/"recipe.yaml")
     usage = recipe.valid if "PrivateTest" in str(recipe.valid) else "PrivateTest"
-    part = prepare_table(recipe, table).split(usage)
-    if not len(part): return
-    write_report(run/"report", Predictor(run/"model").predict_faces(part.pixels), part, f"{recipe.name} on {usage}")
-    print((run/"report"/"report.txt").read_text() + f"report: {run/'report'}")
+    table = prepare_table(recipe, table)
+    if not len(table.split(usage)): return
+    write_report(run/"report", evaluate_model(run/"model", table, usage))
+    print((run/"report"/"report.txt").read_text() + f"report: {run/'report'/'report.html'}")
 
-# %% ../nbs/14_cli.ipynb #e42b3669
-def _export(run, out, table):
-    "Export a run and print the scores of its card."
-    from fer_nbdev.export import export_run
-    card = export_run(run, out, table)
+# %% ../nbs/14_cli.ipynb #91ed808d
+def _print_card(card, out):
+    "The scores of an exported model, and where it is."
     for usage, s in card.get("scores", {}).items(): print(f"{usage}: accuracy {s['accuracy']:.1%}, macro F1 {s['macro_f1']:.3f}, ECE {s['ece']:.3f}")
     print(f"model: {out}")
 
-# %% ../nbs/14_cli.ipynb #c439e66f
+# %% ../nbs/14_cli.ipynb #29965165
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A bundled model or a model folder.")],
+    model: Annotated[str, typer.Argument(help="A bundled model, a model folder or an ONNX file.")],
     data: Annotated[Path, typer.Option(help="FER2013: a csv or class folders.")],
     split: Annotated[str, typer.Option(help="private, public or train; several joined by +.")] = "private",
+    compare: Annotated[str, typer.Option(help="A second model, compared on the same faces.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report: one html page with all pictures, scores.json, predictions.csv.")] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views.")] = False,
-    report: Annotated[Path, typer.Option(help="Folder for the report: text, JSON, confusion matrix, answers, mistakes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All scores as one JSON object.")] = False,
 ):
-    "Score a model on one split, beside what its card says, and time it."
+    """Score a model on one split, beside what its card says, and time it.
+
+    Example: `fer evaluate accurate --data fer2013.csv --out report`, then open `report/report.html`.
+    """
     require("sklearn", "train")
-    from fer_nbdev.evaluate import measure_latency, score, write_report
+    from fer_nbdev.evaluate import evaluate_model
+    from fer_nbdev.report import write_report
+    table = _read_data(data)
+    e, other = (m and evaluate_model(_open(m, tta), table, split) for m in (model, compare))
+    found = write_report(out, e, other) if out else e.to_dict(other)
+    if as_json: return print(json.dumps(found))
+    _print_scores(e.scores, e.title)
+    if other: _print_comparison(found["comparison"], e, other)
+    _print_card_and_speed(_open(model, tta), e.about["split"])
+    if out: print(f"report: {out/'report.html'}")
+
+# %% ../nbs/14_cli.ipynb #fe726e11
+def _open(model, tta):
+    "An ONNX file stays a path; any other model is opened."
     from fer_nbdev.inference import Predictor
-    predictor = Predictor(model, tta=tta)
-    part = _read_data(data, predictor.classes).split(split)
-    if not len(part): raise ValueError(f"{data} has no rows of the split {split!r}")
-    probs, name = predictor.predict_faces(part.pixels), "+".join(dict.fromkeys(part.usage.tolist()))
-    s = write_report(report, probs, part, f"{predictor.card['name']} on {name}") if report else score(probs, part.emotion, part.classes)
-    if as_json: return print(json.dumps(s))
-    _print_scores(s, f"{predictor.card['name']} on {name}")
-    card = predictor.card.get("scores", {}).get(name)
-    if card and not tta: print(f"its card says accuracy {card['accuracy']:.2%}")
+    return model if Path(model).suffix == ".onnx" else Predictor(model, tta=tta)
+
+def _print_comparison(c, e, other):
+    "Which of two models is better, and whether that is more than chance."
+    (low, high), gap = c["intervals"]["accuracy"], c["difference"]["accuracy"]
+    print(f"{other.title}: accuracy {other.scores['accuracy']:.2%}; {e.about['model']} is {100*gap:+.2f} points from it (95% between {100*low:+.2f} and {100*high:+.2f}), "
+          f"alone right on {c['only_first']:,} faces, the other on {c['only_second']:,}; p = {c['p_value']:.2g} by McNemar's test")
+
+def _print_card_and_speed(predictor, split):
+    "What the card of a model says about the split, and how long a face takes here and now."
+    from fer_nbdev.evaluate import measure_latency
+    if isinstance(predictor, str): return
+    card = predictor.card.get("scores", {}).get(split)
+    if card and not predictor.tta: print(f"its card says accuracy {card['accuracy']:.2%}")
     t = measure_latency(predictor.predict_faces, img_size=predictor.img_size)
     print(f"{t['single_ms']:.2f} ms a face one by one, {t['batch_ms']:.2f} ms in batches of {t['batch']}, on this machine now")
-    if report: print(f"report: {report}")
 
 def _print_scores(s, title):
     "A row for each class and a line of sums."
@@ -295,13 +369,25 @@ def _print_scores(s, title):
     _console().print(table)
     print(f"accuracy {s['accuracy']:.2%}  macro F1 {s['macro_f1']:.3f}  log loss {s['log_loss']:.3f}  ECE {s['ece']:.3f}  ({s['n']:,} faces)")
 
-# %% ../nbs/14_cli.ipynb #b0ca404b
+# %% ../nbs/14_cli.ipynb #dbbe7c6b
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, or a model folder (with --int8).")],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
-    data: Annotated[Path, typer.Option(help="The run's data: fits the temperature on PublicTest and scores the test splits.")] = None,
+    data: Annotated[Path, typer.Option(help="The run's data: fits the temperature on PublicTest and scores the test splits; int8 needs it to calibrate.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights and activations of eight bits: smaller, and faster on most processors.")] = False,
+    float32: Annotated[bool, typer.Option("--float32", help="Weights as they were trained. Default: float16, half the size.")] = False,
 ):
-    "Write the best weights of a run as a model folder: `model.onnx` and `card.json`."
+    """Write a model folder, `model.onnx` and `card.json`, and check it against the network it came from.
+
+    Examples: `fer export run model --data fer2013.csv` · `fer export run small --data fer2013.csv --int8`
+    """
+    if int8 and float32: raise typer.BadParameter("--int8 and --float32 exclude each other")
     require("fastai", "train")
-    _export(run, out, _read_data(data) if data else None)
+    from fer_nbdev.export import export_run, export_weights, quantize_model
+    table, weights = _read_data(data) if data else None, "int8" if int8 else "float32" if float32 else "float16"
+    if int8 and table is None: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
+    if (checkpoint/"card.json").is_file():
+        if not int8: raise ValueError(f"{checkpoint} is a model folder already; with --int8 it is written again with eight bits")
+        return _print_card(quantize_model(checkpoint, out, table), out)
+    _print_card((export_weights if checkpoint.is_file() else export_run)(checkpoint, out, table, weights=weights), out)

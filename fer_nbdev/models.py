@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['register_model', 'list_models', 'count_parameters', 'create_model', 'ConvNet', 'SEBlock', 'SEResBlock', 'SEResNet',
-           'FitInput', 'list_bodies', 'input_stats', 'head_parameters']
+           'FastResNet', 'FitInput', 'list_bodies', 'input_stats', 'head_parameters']
 
 # %% ../nbs/03_models.ipynb #72dcefb4
 import difflib, inspect, pickle, sys
@@ -160,7 +160,7 @@ class SEBlock(nn.Module):
 
     def forward(self, x): return x * self.excite(x.mean((2, 3)))[..., None, None]
 
-# %% ../nbs/03_models.ipynb #e2a75d58
+# %% ../nbs/03_models.ipynb #8320e964
 def _conv_bn(n_in, n_out, kernel=3, stride=1):
     return nn.Sequential(nn.Conv2d(n_in, n_out, kernel, stride, kernel//2, bias=False), nn.BatchNorm2d(n_out))
 
@@ -170,16 +170,22 @@ class SEResBlock(nn.Module):
         n_in: int,  # channels of the input
         n_out: int,  # channels of the output
         stride: int = 1,  # 2 halves the resolution
+        squeeze: bool = True,  # False leaves squeeze-and-excitation out
     ):
         super().__init__()
         self.body = nn.Sequential(_conv_bn(n_in, n_out, 3, stride), nn.ReLU(inplace=True), _conv_bn(n_out, n_out))
-        self.se = SEBlock(n_out)
+        self.se = SEBlock(n_out) if squeeze else nn.Identity()
         self.shortcut = nn.Identity() if stride == 1 and n_in == n_out else nn.Sequential(nn.AvgPool2d(stride) if stride > 1 else nn.Identity(), _conv_bn(n_in, n_out, 1))
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x): return self.act(self.shortcut(x) + self.se(self.body(x)))
 
-# %% ../nbs/03_models.ipynb #89463e3b
+# %% ../nbs/03_models.ipynb #cd1f2ecf
+def _init_convs(model):
+    "Draw the weights of all convolutions for ReLU (He et al. 2015, arXiv:1502.01852)."
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
 @register_model("se_resnet")
 class SEResNet(nn.Module):
     "Residual network with squeeze-and-excitation for small grayscale faces; our own proportions."
@@ -201,13 +207,34 @@ class SEResNet(nn.Module):
             n = w
         self.stages = nn.Sequential(*stages)
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(n, n_classes))
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        _init_convs(self)
 
     def forward(self, x): return self.head(self.stages(self.stem(x)))
 
-# %% ../nbs/03_models.ipynb #6e7366f5
 register_model("realtime_senet")(partial(SEResNet, stem=32, stem_depth=1, widths=(32, 64, 128, 256), blocks=(2, 2, 2, 2), dropout=.5));
+
+# %% ../nbs/03_models.ipynb #f4d5d1b3
+@register_model("fast_resnet")
+class FastResNet(nn.Module):
+    "Residual network of plain 3x3 convolutions on space-to-depth pixels, for int8 arithmetic; our own proportions."
+    def __init__(self,
+        n_classes: int = 7,  # outputs
+        n_in: int = 1,  # channels of the input
+        widths: tuple = (32, 64, 64),  # channels of the stages; every stage but the first halves the resolution
+        blocks: tuple = (1, 2, 1),  # residual blocks in each stage, after its first convolution
+        dropout: float = .1,  # before the classifier
+    ):
+        super().__init__()
+        if len(widths) != len(blocks): raise ValueError(f"widths={widths!r}, blocks={blocks!r}: expected one number of blocks for each width")
+        stages, n = [], 4*n_in
+        for i, (w, depth) in enumerate(zip(widths, blocks)):
+            stages.append(nn.Sequential(_conv_bn(n, w, 3, 2 if i else 1), nn.ReLU(inplace=True), *[SEResBlock(w, w, squeeze=False) for _ in range(depth)]))
+            n = w
+        self.stages = nn.Sequential(nn.PixelUnshuffle(2), *stages)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(n, n_classes))
+        _init_convs(self)
+
+    def forward(self, x): return self.head(self.stages(x))
 
 # %% ../nbs/03_models.ipynb #35c9d98a
 class FitInput(nn.Module):

@@ -24,7 +24,7 @@ CONFIG = CONFIG["DEFAULT"]
 
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
 MODULES = sorted(p for p in LIB.glob("*.py") if p.stem[0] != "_")
-LIGHT = ("core", "data", "detect", "inference", "video", "serve", "cli")
+LIGHT = ("core", "data", "detect", "classify", "inference", "video", "serve", "cli")
 HEAVY = ("torch", "torchvision", "fastai", "timm", "pandas", "sklearn", "cleanlab", "onnx", "onnxscript")
 COMMANDS = ("pip install . && fer predict", 'pip install -e ".[dev]" && pytest -n 2 tests')
 
