@@ -22,7 +22,7 @@ SHIFTS = (-.05, 0., .05)
 TILTS = (0, 10, 20, 30, 40, 50)
 RULES = {"area": lambda w, h: np.sqrt(w * h), "longer side": np.maximum, "width": lambda w, h: w}
 EXAMPLES = """examples:
-  python bench/crops.py --data fer2013.csv --yunet yunet.onnx                            the measurement, some five minutes
+  python bench/crops.py --data fer2013.csv --yunet yunet.onnx                            the measurement, eight minutes of one core
   python bench/crops.py --data fer2013.csv --faces 100 --tilted 50 --private 100 --out /tmp     a quick try"""
 
 

@@ -37,14 +37,14 @@ class Box(NamedTuple):
     @property
     def area(self) -> int: return self.width * self.height
 
-# %% ../nbs/00_core.ipynb #f317085a
+# %% ../nbs/00_core.ipynb #9e9babaf
 UNCERTAIN = "uncertain" # the emotion of a prediction that is less sure than was asked for
 
 @dataclass(frozen=True, repr=False)
 class Prediction:
     "What the model says about one face"
     emotion: str # the most probable class, or `UNCERTAIN` where its probability is below what the caller asked for
-    confidence: float # the probability of the most probable class, 0..1
+    confidence: float # the probability of the most probable class, 0..1; in a video that of the label, which is held until another is clearly ahead
     probs: dict # class name -> probability, in the order of the model's classes; they sum to 1
     box: Box | None = None # where the face is, or None if it came as a bare crop
     track_id: int | None = None # which person, in video; None for single images

@@ -202,12 +202,12 @@ def check_boxes(
             raise ValueError(f'box {i} {given} reaches outside the image, which is {width} x {height} (width x height). {hint}')
     return result
 
-# %% ../nbs/09_detect.ipynb #d7789dba
+# %% ../nbs/09_detect.ipynb #f2986d0c
 def _distinct(found, overlap=.3):
     "Which of the boxes [n, 4] to keep: not those that lie by more than `overlap` of their area in a larger one"
     sides = np.maximum(found[:, 2:] - found[:, :2], 0)
     area, kept = sides[:, 0] * sides[:, 1], []
-    for i in np.argsort(-area, kind='stable'):
+    for i in np.lexsort((*found.T[::-1], -area)): # equal ones by their place, since OpenCV's threads give them in any order
         shared = np.maximum(np.minimum(found[kept, 2:], found[i, 2:]) - np.maximum(found[kept, :2], found[i, :2]), 0)
         if (shared[:, 0] * shared[:, 1] <= overlap * area[i]).all(): kept.append(i)
     return kept
@@ -241,7 +241,7 @@ def _choose(detector):
                                 'or set the environment variable FER_YUNET to its path')
     return ('haar' if model is None else 'yunet') if detector == 'auto' else detector, model
 
-# %% ../nbs/09_detect.ipynb #ed07625d
+# %% ../nbs/09_detect.ipynb #6494048d
 def _tidy(found, eyes, image, factor=None, min_size=None):
     "Detector output -> boxes inside the image, largest first, and their eyes, NaN where they are not known"
     edges, keep = image.shape[1::-1] * 2, _distinct(found)
@@ -252,7 +252,7 @@ def _tidy(found, eyes, image, factor=None, min_size=None):
         fits = (found[:, 2] - found[:, 0] >= (min_size or 0)) & (inside[:, 2:] > inside[:, :2]).all(axis=1)
         found, eyes = found[fits], eyes[fits]
     boxes = check_boxes(np.clip(found, 0, edges), image)
-    order = sorted(range(len(boxes)), key=lambda i: -boxes[i].area)
+    order = sorted(range(len(boxes)), key=lambda i: (-boxes[i].area, boxes[i]))
     return [boxes[i] for i in order], eyes[order]
 
 def _ask(detector, image):

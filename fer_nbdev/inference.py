@@ -191,7 +191,7 @@ def _by_image(results):
     flat = first and isinstance(first[0], Prediction)
     return [first + list(results)] if flat else chain(first, results)
 
-# %% ../nbs/10_inference.ipynb #8b846e0e
+# %% ../nbs/10_inference.ipynb #e66968cc
 def plot_predictions(
     image, # anything `read_image` takes
     preds: list[Prediction], # what `predict` gave for it
@@ -205,8 +205,11 @@ def plot_predictions(
     boxed = [(p.box, label) for p, label in zip(preds, labels) if p.box is not None]
     ax = plot_boxes(image, [b for b, _ in boxed], [label for _, label in boxed], ax=ax)
     shown = preds[:bars]
+    ax.apply_aspect()
+    inches = ax.get_window_extent().height / ax.figure.dpi
+    each = max(1 / max(len(shown), 1), (.35 + .14 * max((len(p.probs) for p in shown), default=0)) / inches) # below a low picture, rather than too small to read
     for i, (p, label) in enumerate(zip(shown, labels)):
-        side = ax.inset_axes([1.22, 1 - (i + 1) / len(shown) + .04, .5, 1 / len(shown) - .1])
+        side = ax.inset_axes([1.22, 1 - (i + 1) * each + .02 / inches, .5, each - .3 / inches])
         (best, _), = p.top_k(1)
         colors = {name: '#9aa5b1' for name in p.probs} | {best: '#ffb000' if p.emotion == best else '#f3dfae'} # pale: uncertain
         drawn = side.barh(range(len(p.probs)), list(p.probs.values()), color=list(colors.values()))

@@ -7,8 +7,8 @@ __all__ = ['CAMS', 'PROJECTIONS', 'FERInterpretation', 'Network', 'open_network'
            'occlusion_map', 'plot_map', 'plot_class_maps', 'features', 'project_features', 'plot_features',
            'read_history', 'plot_class_curves', 'compare_runs', 'plot_runs']
 
-# %% ../nbs/07_interpret.ipynb #cbdae32d
-import json, math
+# %% ../nbs/07_interpret.ipynb #2cfcc82e
+import difflib, json, math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,7 +278,7 @@ def _cam(network, x, emotion, names, method):
     cams = [CAMS[method](_as_maps(o.detach(), len(x)).float(), _as_maps(g, len(x)).float()) for o, g in zip(outs, slopes)]
     return _scaled(sum(_scaled(F.interpolate(c.clamp(min=0)[:, None], x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]) for c in cams))
 
-# %% ../nbs/07_interpret.ipynb #70289710
+# %% ../nbs/07_interpret.ipynb #54f884e6
 def grad_cam(
     network,  # anything that `open_network` takes: folder of a run, learner, PyTorch module, `Network`
     faces: np.ndarray,  # uint8 [n, h, w]
@@ -297,7 +297,7 @@ def grad_cam(
     names = default_layers(network, method, x.shape[-1]) if layer is None else [layer] if isinstance(layer, str) else list(layer)
     known = () if layer is None else map_layers(network, x.shape[-1])
     unknown = [n for n in names if layer is not None and n not in known]
-    if unknown: raise ValueError(f"layer {unknown[0]!r} gives no map that reaches the answer: expected among {', '.join(known)}")
+    if unknown: raise ValueError(f"layer {unknown[0]!r} gives no map that reaches the answer; map_layers lists those that do, such as {', '.join(difflib.get_close_matches(unknown[0], known) or list(known)[-3:])}")
     batches = [(x[i:i + bs].clone(), None if targets is None else targets[i:i + bs]) for i in range(0, len(x), bs)]
     return torch.cat([_cam(network, b, t, names, method) for b, t in batches]).cpu().numpy()
 
@@ -454,7 +454,7 @@ def plot_class_curves(
     ax.set(xlabel="epoch", ylabel="recall", ylim=(0, 1)); ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5)); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/07_interpret.ipynb #c29538b7
+# %% ../nbs/07_interpret.ipynb #8e79f407
 def _read_run(run):
     "What `compare_runs` says of one run."
     run, rows = Path(run).expanduser(), read_history(run).reset_index().to_dict("records")
@@ -483,13 +483,14 @@ def plot_runs(
 ):
     "The curves of several runs. Returns the Axes as an array. Raises `ValueError` for a metric that a run did not write down."
     if by not in ("epoch", "minutes"): raise ValueError(f"by={by!r}: expected epoch or minutes")
-    _, axs = plt.subplots(1, len(metrics), figsize=(4.5*len(metrics), 3), squeeze=False, layout="constrained")
-    for run in [runs] if isinstance(runs, (str, Path)) else runs:
-        rows = read_history(run)
+    histories = {Path(run).name: read_history(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)}
+    for name, rows in histories.items():
         missing = [m for m in metrics if m not in rows]
-        if missing: raise ValueError(f"{run} has no {', '.join(missing)} in its history: expected among {', '.join(rows)}")
+        if missing: raise ValueError(f"{name} has no {', '.join(missing)} in its history: expected among {', '.join(rows)}")
+    _, axs = plt.subplots(1, len(metrics), figsize=(4.5*len(metrics), 3), squeeze=False, layout="constrained")
+    for name, rows in histories.items():
         at = rows.index if by == "epoch" else rows["seconds"].cumsum()/60
-        for ax, m in zip(axs[0], metrics): ax.plot(at, rows[m], label=Path(run).name, marker="." if len(rows) < 3 else None)
+        for ax, m in zip(axs[0], metrics): ax.plot(at, rows[m], label=name, marker="." if len(rows) < 3 else None)
     for ax, m in zip(axs[0], metrics): ax.set(xlabel=by, ylabel=m.replace("_", " ")); ax.spines[["top", "right"]].set_visible(False)
     axs[0, 0].legend(frameon=False, fontsize=8)
     return axs[0]

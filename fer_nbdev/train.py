@@ -107,7 +107,7 @@ def schedule_cbs(
     if frozen: schedule = combine_scheds([frozen/(frozen + n), n/(frozen + n)], [combined_cos(.99, lr/25, lr, lr/1e5), schedule])
     return [ParamScheduler(dict(lr=schedule))]
 
-# %% ../nbs/05_train.ipynb #113fe1d2
+# %% ../nbs/05_train.ipynb #a6f9ddef
 def _metrics():
     "Accuracy, and macro means of F1, precision and recall."
     return [accuracy, *(skm_to_fastai(f, average="macro", zero_division=0) for f in (f1_score, precision_score, recall_score))]
@@ -116,8 +116,8 @@ def _recipe_cbs(recipe, model, device):
     "The callbacks that a recipe asks for, whether or not a run is written down."
     cbs = [ChannelsLast(), SeedEpochs(recipe.seed)]
     if recipe.precision == "bf16" or recipe.precision == "auto" and has_bf16(device): cbs.append(BF16())
-    if recipe.mixup: cbs.append(MixUp(recipe.mixup))
-    if recipe.cutmix: cbs.append(CutMix(recipe.cutmix))
+    if recipe.mixup: cbs.append(MixUp(float(recipe.mixup)))
+    if recipe.cutmix: cbs.append(CutMix(float(recipe.cutmix)))  # torch draws from Beta(1., 1.), not from Beta(1, 1)
     if recipe.clip: cbs.append(GradientClip(recipe.clip))
     head = {id(p) for p in head_parameters(model)}
     if recipe.freeze_epochs: cbs.append(Freeze(recipe.freeze_epochs, [p for p in model.parameters() if id(p) not in head]))

@@ -1,10 +1,8 @@
-"""The rules of the house, which no single notebook can check: what may import what, links, README, size, style.
+"""The rules of the house, which no single notebook can check: what may import what, README, size, style. Links and names: test_docs.py.
 
 Most of it reads files and starts nothing. Where a rule is broken the message names the file and the cell.
 """
 import ast
-import configparser
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -12,32 +10,14 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS, LIB = ROOT / "nbs", ROOT / "fer_nbdev"
-CONFIG = configparser.ConfigParser(delimiters=["="])
-CONFIG.read(ROOT / "settings.ini", encoding="utf-8")
-CONFIG = CONFIG["DEFAULT"]
+from _repository import CONFIG, LIB, MODULES, NBS, NOTEBOOKS, ROOT, is_inherited, name_of, page_id, read_cells
 
-NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
-MODULES = sorted(p for p in LIB.glob("*.py") if p.stem[0] != "_")
-LIGHT = ("core", "data", "detect", "classify", "inference", "video", "serve", "cli")
+LIGHT = ("core", "data", "detect", "classify", "inference", "track", "video", "serve", "cli")
 HEAVY = ("torch", "torchvision", "fastai", "timm", "pandas", "sklearn", "cleanlab", "onnx", "onnxscript")
 COMMANDS = ("pip install . && fer predict", 'pip install -e ".[dev]" && pytest -n 2 tests')
-
-
-def _name(path):
-    return path.relative_to(ROOT).as_posix()
-
-
-def _cells(notebook, kind):
-    "(number, source) of the cells of one kind."
-    for i, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
-        if cell["cell_type"] == kind:
-            yield i, "".join(cell["source"])
 
 
 def _is_export(source):
@@ -45,7 +25,8 @@ def _is_export(source):
 
 
 def _is_hidden(source):
-    return re.search(r"^#\|\s*(?:hide|default_exp)\b", source, re.M) is not None
+    "Cells that readers do not see, and those that only show a signature, as nbdev does of itself for functions."
+    return re.search(r"^#\|\s*(?:hide|default_exp)\b|\Ashow_doc\([\w.]+\)\Z", source.strip(), re.M) is not None
 
 
 def _readme_script():
@@ -53,14 +34,6 @@ def _readme_script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _modidx():
-    "symbol -> page#anchor of everything that the notebooks document, as nbdev wrote it down."
-    assert (LIB / "_modidx.py").exists(), "fer_nbdev/_modidx.py is missing: run nbdev_export"
-    tree = ast.parse((LIB / "_modidx.py").read_text(encoding="utf-8"))
-    index = ast.literal_eval(next(n.value for n in tree.body if isinstance(n, ast.Assign)))
-    return {symbol: page for symbols in index["syms"].values() for symbol, (page, _) in symbols.items()}
 
 
 def _number(path):
@@ -114,7 +87,7 @@ def test_predicting_imports_no_heavy_library():
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_arrows_only_point_to_lower_numbers(path):
     number, wrong = _number(path), []
-    assert number is not None, f"{_name(path)} does not name the numbered notebook that it comes from"
+    assert number is not None, f"{name_of(path)} does not name the numbered notebook that it comes from"
     for line, name in _imports(path):
         other = LIB / (name.partition(".")[2] + ".py")
         if name.startswith("fer_nbdev.") and other in MODULES and other != path and not _number(other) < number:
@@ -131,12 +104,12 @@ def test_every_module_comes_from_a_notebook_of_its_name():
 
 # ------------------------------------------------------------------------------------------------ the notebooks
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=page_id)
 def test_notebook_keeps_the_measure(notebook):
     cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if not _is_hidden("".join(c["source"]))]
     assert len(cells) <= 60, f"{len(cells)} cells that readers see: split the notebook, or hide the tests among them"
     wrong = []
-    for i, source in _cells(notebook, "code"):
+    for i, source in read_cells(notebook, "code"):
         if not _is_export(source):
             continue
         lines = [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
@@ -147,7 +120,7 @@ def test_notebook_keeps_the_measure(notebook):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=page_id)
 def test_the_first_cell_holds_title_and_summary_only(notebook):
     "nbdev turns that cell into the page's front matter, and drops whatever else stands in it."
     cell = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]
@@ -156,7 +129,7 @@ def test_the_first_cell_holds_title_and_summary_only(notebook):
     assert lines[0].startswith("# ") and lines[1].startswith("> ") and all(line.startswith("- ") for line in lines[2:])
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=page_id)
 def test_no_saved_output_is_an_error(notebook):
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     failed = [i for i, c in enumerate(cells) for o in c.get("outputs", []) if o["output_type"] == "error"]
@@ -180,7 +153,7 @@ def test_nothing_names_a_machine_or_leaves_work_undone():
     for path in _text_files():
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             line = re.sub(r'"image/\w+": ".*', "", line)
-            found += [f"{_name(path)}:{i}: {m[0]}" for w in words for m in [re.search(w, line)] if m]
+            found += [f"{name_of(path)}:{i}: {m[0]}" for w in words for m in [re.search(w, line)] if m]
     found = [f for f in found if not f.startswith("tests/test_house.py")]
     assert not found, "\n".join(found)
 
@@ -206,13 +179,6 @@ def _undocumented(function, name, is_method=False):
             yield f"{name}: parameter {parameter.name} has no docment"
 
 
-def _is_inherited(cls, method):
-    "Is this a method whose meaning a base class of another library has set, as `forward` or fastai's `before_fit`?"
-    bases = [b for b in cls.__mro__[1:] if b is not object and not b.__module__.startswith("fer_nbdev")]
-    event = re.fullmatch(r"(?:before|after)_\w+", method) and any(b.__module__.startswith("fastai") for b in bases)
-    return bool(event) or any(method in vars(b) for b in bases)
-
-
 def _undocumented_in(module):
     for name in module.__all__:
         thing = getattr(module, name)
@@ -223,7 +189,7 @@ def _undocumented_in(module):
             if inspect.isfunction(thing.__dict__.get("__init__")) and not hasattr(thing, "__dataclass_fields__"):
                 yield from (m for m in _undocumented(thing.__init__, name, True) if not m.endswith("no docstring"))
             for method, f in vars(thing).items():
-                if inspect.isfunction(f) and method[0] != "_" and not _is_inherited(thing, method):
+                if inspect.isfunction(f) and method[0] != "_" and not is_inherited(thing, method):
                     yield from _undocumented(f, f"{name}.{method}", True)
         elif inspect.isfunction(thing) and thing.__module__ == module.__name__:
             yield from _undocumented(thing, name)
@@ -234,146 +200,6 @@ def test_every_public_symbol_is_documented(path):
     module = importlib.import_module(f"fer_nbdev.{path.stem}")
     assert module.__doc__, "the notebook has no `> one sentence` under its title"
     assert not list(_undocumented_in(module)), "\n".join(_undocumented_in(module))
-
-
-# -------------------------------------------------------------------------------------------------------- links
-
-def _anchors(notebook):
-    "The anchors that a page has: its headings as Quarto writes them, and the symbols that it documents."
-    headings = [h for _, s in _cells(notebook, "markdown") for h in re.findall(r"^#+\s+(.+?)\s*$", s, re.M)]
-    page = re.sub(r"^\d+[a-zA-Z0-9]*_", "", notebook.stem.lower()) + ".html"
-    slugs = {re.sub(r"[^\w\s.-]", "", h.lower()).strip().replace(" ", "-") for h in headings}
-    return slugs | {where.partition("#")[2] for where in _modidx().values() if where.partition("#")[0] == page}
-
-
-def _broken(target, notebook):
-    "Why a link of a notebook leads nowhere; None when it is fine or leads to somebody else's site."
-    files = f"{CONFIG['git_url']}/blob/{CONFIG['branch']}/"
-    site = CONFIG["doc_host"] + CONFIG["doc_baseurl"] + "/"
-    path, _, anchor = target.partition("#")
-    if target.startswith(files):
-        return None if (ROOT / path[len(files):]).exists() else "no such file"
-    if target.startswith(site):
-        pages = {where.partition("#")[0] for where in _modidx().values()} | {"", "index.html"}
-        return None if path[len(site):] in pages else "no such page"
-    if re.match(r"\w+:", target):
-        return None
-    file = (notebook.parent / path).resolve() if path else notebook
-    if file.suffix == ".html":
-        return "a link to an .html page: link the notebook, so that it works in the checkout as well"
-    if not file.exists() or NBS not in file.parents:
-        return "no such file under nbs/; for a file outside use its address in the repository"
-    if anchor and file.suffix == ".ipynb" and anchor not in _anchors(file):
-        return "no such heading or symbol on that page"
-    return None
-
-
-def _prose(source):
-    "Markdown without its code blocks."
-    return re.sub(r"^```.*?^```", "", source, flags=re.M | re.S)
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
-def test_links_lead_somewhere(notebook):
-    wrong = []
-    for i, source in _cells(notebook, "markdown"):
-        for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", re.sub(r"`[^`\n]*`", "", _prose(source))):
-            why = _broken(target, notebook)
-            wrong += [f"cell {i}: {target}: {why}"] if why else []
-    assert not wrong, "\n".join(wrong)
-
-
-def _words():
-    "Every word of the project's code, and of what a shell or a config of it says: what prose may name."
-    files = [*MODULES, LIB / "__init__.py", *ROOT.glob("bench/*.py"), *ROOT.glob("tests/*.py"), ROOT / "settings.ini"]
-    text = [p.read_text(encoding="utf-8") for p in files if p.exists()]
-    text += [s for n in NOTEBOOKS for _, s in _cells(n, "code")]
-    return set(re.findall(r"[A-Za-z_]\w*", "\n".join(text))) | _words_of_others()
-
-
-@functools.cache
-def _words_of_others():
-    "The names of the libraries that the pages talk about; what is not installed adds none, and fastai is not imported."
-    words = set()
-    for name in ("fastai", "fastcore", "nbdev"):
-        spec = importlib.util.find_spec(name)
-        index = spec and Path(spec.origin).with_name("_modidx.py")
-        if index and index.exists():
-            words |= set(re.findall(r"[A-Za-z_]\w*", index.read_text(encoding="utf-8")))
-    for name in ("numpy", "cv2", "PIL.Image", "onnxruntime", "matplotlib.pyplot", "pandas", "sklearn.metrics", "torch",
-                 "torch.nn", "torch.nn.functional", "torch.optim.lr_scheduler", "torch.utils.data"):
-        try:
-            words |= set(dir(importlib.import_module(name)))
-        except ImportError:
-            pass
-    return words
-
-
-def _knows(root, rest):
-    "Does `root.rest` exist, where root is one of our modules or classes?"
-    try:
-        thing = importlib.import_module(f"fer_nbdev.{root}" if root != "fer_nbdev" else root)
-        for part in rest:
-            try:
-                thing = getattr(thing, part)
-            except AttributeError:
-                thing = importlib.import_module(f"{thing.__name__}.{part}")
-        return True
-    except (ImportError, AttributeError):
-        return False
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
-def test_named_symbols_exist(notebook):
-    """A back-ticked name that is ours exists. `module.symbol`, `Class.method` and calls `f()` of ours must resolve; a
-    bare name with an underscore or capitals must at least occur in some code, so that a rename cannot leave it behind."""
-    index, words, wrong = _modidx(), _words(), []
-    short = {s.split(".", 2)[2] for s in index}
-    classes = {s.split(".")[0] for s in short if s[:1].isupper()}
-    modules = {p.stem for p in MODULES} | {"fer_nbdev"}
-    for i, source in _cells(notebook, "markdown"):
-        for name in re.findall(r"(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)", _prose(source)):
-            root, *rest = name.split(".")
-            file = rest and rest[-1] in ("py", "ipynb", "json", "yaml", "yml", "csv", "onnx", "md", "ini", "png", "npy")
-            if rest and root in modules and not file and not _knows(root, rest):
-                wrong.append(f"cell {i}: `{name}` is not in the package")
-            elif rest and root in classes and name not in short and not set(rest) <= words:
-                wrong.append(f"cell {i}: `{name}`: {root} has no such attribute")
-            elif not rest and re.search(r"_|[a-z][A-Z]", name) and name not in words \
-                    and not any(word.endswith("_" + name) for word in words):
-                wrong.append(f"cell {i}: `{name}` occurs in no code of this project")
-    assert not wrong, "\n".join(wrong)
-
-
-def _entries(node):
-    "Every file that the sidebar names."
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, dict):
-        yield from (e for key in ("href", "file") if key in node for e in [node[key]])
-        yield from _entries(node.get("contents", []))
-    else:
-        for item in node:
-            yield from _entries(item)
-
-
-def test_the_sidebar_names_every_notebook_once():
-    import yaml
-    sidebar = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
-    listed = sorted(_entries(sidebar["contents"]))
-    assert listed == sorted(p.relative_to(NBS).as_posix() for p in NOTEBOOKS)
-
-
-def test_the_site_is_configured_in_one_place():
-    import yaml
-    link = NBS / "_quarto.yml"
-    assert link.read_text(encoding="utf-8") in ("../_quarto.yml", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-    quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-    assert quarto["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
-    for entry in _entries(quarto["website"]["navbar"]["left"]):
-        assert (NBS / entry).exists(), f"the navigation bar names {entry}"
-    nbdev = yaml.safe_load((NBS / "nbdev.yml").read_text(encoding="utf-8"))["website"]
-    assert nbdev["repo-url"] == CONFIG["git_url"] and nbdev["description"] == CONFIG["description"]
 
 
 # ------------------------------------------------------------------------------------------------------- README
@@ -387,13 +213,13 @@ def test_readme_has_the_two_commands():
     assert [line for line in lines if line in COMMANDS] == list(COMMANDS)
 
 
-def test_readme_quotes_the_card_of_the_bundled_model():
-    card = json.loads((LIB / "weights" / "accurate" / "card.json").read_text(encoding="utf-8"))
-    rows = {line.split("|")[1].strip(): line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-            if line.count("|") == 7}
-    for split, s in card["scores"].items():
-        for figure in (f"{s['n']:,}", f"{s['accuracy']:.1%}", f"{s['macro_f1']:.3f}", f"{s['log_loss']:.3f}", f"{s['ece']:.3f}"):
-            assert figure in rows[split], f"{split}: {figure} of card.json is not in README: run the front page again"
+@pytest.mark.parametrize("card", sorted((LIB / "weights").glob("*/card.json")), ids=lambda p: p.parent.name)
+def test_readme_quotes_the_cards_of_the_bundled_models(card):
+    card = json.loads(card.read_text(encoding="utf-8"))
+    row = next(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{card['name']}` | "))
+    s, t = card["scores"]["PrivateTest"], card["latency"]
+    for figure in (f"{s['accuracy']:.1%}", f"{s['macro_f1']:.3f}", f"{s['ece']:.3f}", f"{t['single_ms']:.2f} ms", f"{1000 / t['batch_ms']:,.0f}"):
+        assert figure in row, f"{card['name']}: {figure} of card.json is not in README: run the front page again"
 
 
 def test_readme_quotes_the_benchmarks():
@@ -401,13 +227,13 @@ def test_readme_quotes_the_benchmarks():
     for path in sorted((ROOT / "bench" / "results").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if "answer" in record:
-            assert record["answer"] in readme, f"{_name(path)} says something else: run the front page again"
+            assert record["answer"] in readme, f"{name_of(path)} says something else: run the front page again"
 
 
 def test_no_figure_is_typed_into_the_front_page():
     figure = re.compile(r"\d\s*(?:%|ms\b|s\b|seconds?\b|minutes?\b|[KMG]B\b|x\b|faces/s|packages\b|points?\b)")
-    for i, source in _cells(NBS / "index.ipynb", "markdown"):
-        found = figure.search(_prose(source))
+    for i, source in read_cells(NBS / "index.ipynb", "markdown"):
+        found = figure.search(re.sub(r"^```.*?^```", "", source, flags=re.M | re.S))
         assert not found, f"cell {i}: {found[0]!r} is typed by hand; render it from a file"
 
 
@@ -417,9 +243,9 @@ def test_benchmarks_say_where_they_were_measured():
     for path in sorted((ROOT / "bench" / "results").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         lacking = {"name", "date", "commit", "command", "hardware", "python", "versions", "results"} - record.keys()
-        assert not lacking, f"{_name(path)} lacks {sorted(lacking)}"
+        assert not lacking, f"{name_of(path)} lacks {sorted(lacking)}"
         script = ROOT / record["command"].split()[1]
-        assert script.is_file(), f"{_name(path)} was written by {script.name}, which does not exist"
+        assert script.is_file(), f"{name_of(path)} was written by {script.name}, which does not exist"
 
 
 def test_every_benchmark_is_in_the_table():

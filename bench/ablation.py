@@ -1,0 +1,137 @@
+"""What makes a network better on FER2013? One change at a time, short runs, judged on PublicTest alone.
+
+The base is the recipe `fast` with EPOCHS epochs. Every variant differs from it in the settings that its name stands for, and the
+base is trained with several seeds: their spread says how large a difference must be to mean anything. Compared are the accuracy
+and log loss of the last epoch on PublicTest (of the averaged weights where they are on), so that no run profits from a lucky
+epoch. PrivateTest is neither read nor scored.
+
+Runs live in --runs, one folder a variant, and can be killed: what is there goes on. Without --train the script collects.
+"""
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import _report
+from _report import report
+
+EPOCHS, SEEDS = 16, (0, 1, 2)
+BASE = "base"
+# group: {variant: settings}; a variant is the base with these changed
+VARIANTS = {
+    "size": {"half the width": ["arch_args.widths=[16, 32, 32]"], "1.5 times the width": ["arch_args.widths=[48, 96, 96]"],
+             "twice the width": ["arch_args.widths=[64, 128, 128]"], "a block less": ["arch_args.blocks=[1, 1, 1]"], "two blocks more": ["arch_args.blocks=[2, 2, 2]"]},
+    "architecture": {"squeeze-and-excitation, full resolution": ["arch=se_resnet", "arch_args={stem: 16, stem_depth: 1, widths: [32, 64, 64], blocks: [1, 2, 1], dropout: 0.1}"],
+                     "no dropout": ["arch_args.dropout=0"], "dropout .3": ["arch_args.dropout=0.3"]},
+    "augmentation": {"none": ["augment=null"], "flip alone": ["augment={p_flip: 0.5, p_affine: 0, p_light: 0, p_erase: 0}"], "no flip": ["augment.p_flip=0"],
+                     "no shift": ["augment.shift=0"], "no rotation": ["augment.rotate=0"], "rotation 20": ["augment.rotate=20"], "no light": ["augment.p_light=0"],
+                     "no erasing": ["augment.p_erase=0"], "erasing .6": ["augment.p_erase=0.6"], "scale .2, shift .1": ["augment.scale=0.2", "augment.shift=0.1"]},
+    "mixing": {"mixup .2": ["mixup=0.2"], "cutmix 1": ["cutmix=1"]},
+    "loss": {"no smoothing": ["label_smoothing=0"], "smoothing .2": ["label_smoothing=0.2"], "no class weights": ["class_weights=null"],
+             "inverse class weights": ["class_weights=inverse"], "focal": ["loss=focal", "label_smoothing=0"]},
+    "optimiser": {"peak .04": ["lr=0.04"], "peak .16": ["lr=0.16"], "decay 1e-4": ["wd=1e-4"], "decay 2e-3": ["wd=2e-3"], "AdamW 2e-3": ["optimizer=adamw", "lr=2e-3", "wd=0.05"],
+                  "batch 64": ["bs=64"], "batch 256": ["bs=256"], "no averaged weights": ["ema=0"], "cosine": ["schedule=cosine"]},
+    "epochs": {"8 epochs": ["epochs=8"], "32 epochs": ["epochs=32"], "64 epochs": ["epochs=64"]}}
+EXAMPLES = """examples:
+  python bench/ablation.py --runs runs/ablation                                          collect what is there
+  python bench/ablation.py --runs runs/ablation --data fer2013.csv --train               train what is missing: hours
+  python bench/ablation.py --runs runs/ablation --data fer2013.csv --train loss size     some groups of it
+  python bench/ablation.py --runs /tmp/ablation --train loss --epochs 1 --out /tmp       a quick try on drawn faces"""
+
+
+def jobs():
+    "Run name -> (group, variant, settings)."
+    seeds = {f"{BASE} seed {seed}": (BASE, BASE, [f"seed={seed}"]) for seed in SEEDS}
+    return seeds | {f"{group} {name}": (group, name, settings) for group, of in VARIANTS.items() for name, settings in of.items()}
+
+
+def folder_of(runs, name):
+    return runs / "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+
+
+def train_variant(folder, settings, table, epochs):
+    "Train a run or go on with it; PrivateTest is taken out of the table first."
+    from fer_nbdev.recipe import read_recipe
+    from fer_nbdev.train import train
+    if (folder / "done").exists():
+        return
+    recipe = None if (folder / "run.json").exists() else read_recipe("fast").set(["name=ablation", f"epochs={epochs}", *settings])
+    train(recipe, table[table.usage != "PrivateTest"], folder, resume=True)
+    (folder / "done").touch()
+
+
+def read_variant(folder):
+    "Figures of a finished run, or None."
+    if not (folder / "done").exists():
+        return None
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    last = history[-1]
+    return {k: round(last[k], 5) for k in ("accuracy", "f1_score", "valid_loss", "train_loss")} | {
+        "epochs": len(history), "n_params": about["n_params"], "seconds_an_epoch": round(statistics.median(h["seconds"] for h in history), 1)}
+
+
+def collect(runs):
+    "The base with mean and spread, and every finished variant with its distance from the base."
+    base = {seed: found for seed in SEEDS if (found := read_variant(folder_of(runs, f"{BASE} seed {seed}")))}
+    if not base:
+        return None, []
+    accuracy = [b["accuracy"] for b in base.values()]
+    mean = {"accuracy": statistics.mean(accuracy), "spread": statistics.stdev(accuracy) if len(accuracy) > 1 else None,
+            "valid_loss": statistics.mean(b["valid_loss"] for b in base.values()), "seeds": {str(s): b["accuracy"] for s, b in base.items()},
+            "n_params": next(iter(base.values()))["n_params"], "seconds_an_epoch": next(iter(base.values()))["seconds_an_epoch"]}
+    rows = []
+    for name, (group, variant, settings) in jobs().items():
+        if group != BASE and (found := read_variant(folder_of(runs, name))):
+            rows.append({"group": group, "variant": variant, **found, "settings": settings, "gain": round(found["accuracy"] - mean["accuracy"], 5)})
+    return mean, rows
+
+
+def answer_of(base, rows, planned):
+    "What stands out, in a sentence."
+    if base is None or not rows:
+        return "not trained yet"
+    best, worst = sorted(rows, key=lambda r: -r["gain"])[:3], sorted(rows, key=lambda r: r["gain"])[:3]
+
+    def tell(some):
+        return ", ".join(f"{r['variant']} {100 * r['gain']:+.1f}" for r in some)
+    spread = f" ± {base['spread']:.1%} over {len(base['seeds'])} seeds" if base["spread"] is not None else ""
+    return (f"base {base['accuracy']:.1%}{spread} on PublicTest; points gained: {tell(best)}; lost: {tell(worst)}"
+            + (f" ({len(rows)} of {planned} variants trained)" if len(rows) < planned else ""))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where the runs are")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders (default: drawn faces)")
+    parser.add_argument("--train", nargs="*", metavar="GROUP", help=f"train these first: {', '.join([BASE, *VARIANTS])} (default: all)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of the base (default: {EPOCHS})")
+    parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where ablation.json is written (default: bench/results)")
+    args = parser.parse_args()
+    args.train = [BASE, *VARIANTS] if args.train == [] else args.train or []
+    if unknown := sorted(set(args.train) - {BASE, *VARIANTS}):
+        parser.error(f"unknown group {', '.join(unknown)}: expected among {', '.join([BASE, *VARIANTS])}")
+    if args.data and not args.data.exists():
+        parser.error(f"there is no {args.data}")
+    return args
+
+
+def main():
+    args = parse_args()
+    _report.RESULTS = args.out
+    if args.train:
+        from fer_nbdev.data import read_fer2013, synthetic_faces
+        table = read_fer2013(args.data) if args.data else synthetic_faces(700)
+        for name, (group, _, settings) in jobs().items():
+            if group in args.train:
+                print(name, file=sys.stderr)
+                train_variant(folder_of(args.runs, name), settings, table, args.epochs)
+    base, rows = collect(args.runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report("ablation", {"base": base, "epochs": args.epochs, "variants": rows}, question="What makes a network better on FER2013?",
+           answer=answer_of(base, rows, sum(map(len, VARIANTS.values()))), command="python bench/ablation.py --runs runs/ablation --data fer2013.csv --train")
+
+
+if __name__ == "__main__":
+    main()

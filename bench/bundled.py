@@ -1,0 +1,156 @@
+"""What do the bundled models score, and what do they cost? Everything that is said of them, for each model:
+
+  scores     PublicTest (it selected the epoch and the temperature) and PrivateTest (scored for this, nothing is chosen on it):
+             accuracy with its interval, macro F1, per class, log loss, calibration error, confusion, with one view of a face
+             and with the ten of test-time averaging, and with the temperature taken out again
+  copies     the same on the PrivateTest faces that are not pixel for pixel a Training face as well
+  FER+       PrivateTest against what more than half of FER+'s voters said, where that is one of the seven classes (--ferplus)
+  cost       parameters, floating-point operations, size of the file, milliseconds a face on one core in batches of 1 and 64,
+             as `FaceClassifier.predict_faces` gives them; the models take turns, and the median of the rounds counts
+  made       recipe, seed, commit, hardware and minutes of the training, from the card
+
+With --cards the milliseconds are written into the models' cards, from which `fer models` shows them.
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import _report
+from _report import hardware, report
+
+SPLITS = ("PublicTest", "PrivateTest")
+KEPT = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece")
+MADE = ("recipe", "seed", "commit", "hardware", "train_minutes", "date", "best_epoch", "temperature", "versions")
+EXAMPLES = """examples:
+  python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards     the measurement, a few minutes
+  python bench/bundled.py --out /tmp                                              a quick try on drawn faces"""
+
+
+def count_operations(card):
+    "Floating-point operations of one face through the network before its export (a multiplication and an addition are two)."
+    import torch
+    from fer_nbdev.models import create_model
+    from torch.utils.flop_counter import FlopCounterMode
+    net = create_model(card["arch"], len(card["classes"]), img_size=card["img_size"], **card["recipe"]["arch_args"]).eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        net(torch.zeros(1, 1, card["img_size"], card["img_size"]))
+    return counter.get_total_flops()
+
+
+def uncalibrated(probs, temperature):
+    "What the network says before its logits are divided by the temperature."
+    powers = np.asarray(probs, np.float64).clip(1e-30) ** temperature
+    return powers / powers.sum(1, keepdims=True)
+
+
+def score_views(name, table, card):
+    "Split -> the figures of one view and of ten, of what is left without copies, and of one view without temperature."
+    from fer_nbdev.evaluate import evaluate_model, score
+    rows = {}
+    for split in SPLITS:
+        rows[split] = {}
+        for views, tta in (("one", False), ("ten", True)):
+            e = evaluate_model(name, table, split, tta=tta)
+            rows[split][views] = e.scores
+            if not tta:
+                plain = score(uncalibrated(e.probs, card["temperature"]), e.table.emotion, e.table.classes)
+                rows[split]["without_temperature"] = {k: plain[k] for k in KEPT}
+    return rows
+
+
+def score_by_voters(name, table, ferplus):
+    "PrivateTest, with FER+'s majority in place of the label."
+    from fer_nbdev import Predictor
+    from fer_nbdev.clean import ferplus_majority
+    from fer_nbdev.evaluate import confidence_intervals, score
+    said, _ = ferplus_majority(ferplus)
+    rows = np.flatnonzero((table.usage == "PrivateTest") & np.isin(said, table.classes))
+    emotion = np.array([table.classes.index(c) for c in said[rows]])
+    probs = Predictor(name, detector="none").predict_faces(table.pixels[rows])
+    scores = score(probs, emotion, table.classes)
+    return {"n": len(rows), "left_out": int((table.usage == "PrivateTest").sum()) - len(rows), **{k: scores[k] for k in KEPT},
+            "intervals": confidence_intervals(probs, emotion), "label_agrees": float((table.emotion[rows] == emotion).mean())}
+
+
+def time_models(names, rounds):
+    "Name -> milliseconds a face on one core; the models take turns."
+    from fer_nbdev import Predictor
+    from fer_nbdev.evaluate import measure_latency
+    took = {name: [] for name in names}
+    predictors = {name: Predictor(name, threads=1, detector="none") for name in names}
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        if before:
+            os.sched_setaffinity(0, {max(before)})
+        for _ in range(rounds):
+            for name, predictor in predictors.items():
+                took[name].append(measure_latency(predictor.predict_faces, n=200))
+    finally:
+        if before:
+            os.sched_setaffinity(0, before)
+    return {name: {k: round(statistics.median(t[k] for t in of), 4) for k in ("single_ms", "batch_ms")} | {"batch": of[0]["batch"]} for name, of in took.items()}
+
+
+def write_latency(name, latency):
+    "Put the milliseconds and the machine into the card of a bundled model."
+    import fer_nbdev
+    from fer_nbdev.core import write_whole
+    path = Path(fer_nbdev.__file__).parent / "weights" / name / "card.json"
+    card = json.loads(path.read_text(encoding="utf-8")) | {"latency": latency | {"threads": 1, "hardware": hardware()["cpu"]}}
+    with write_whole(path) as part:
+        part.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def answer_of(models):
+    return "; ".join(f"`{name}` {m['scores']['PrivateTest']['one']['accuracy']:.1%} on PrivateTest ({m['scores']['PrivateTest']['ten']['accuracy']:.1%} over ten views), "
+                     f"calibration error {m['scores']['PrivateTest']['one']['ece']:.3f}, {m['cost']['single_ms']:.2f} ms a face, {m['cost']['bytes'] / 1e6:.1f} MB"
+                     for name, m in models.items())
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders (default: drawn faces, which prove nothing)")
+    parser.add_argument("--ferplus", type=Path, metavar="CSV", help="fer2013new.csv, the votes of FER+ for the same rows")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each model is timed (default: 5)")
+    parser.add_argument("--cards", action="store_true", help="write the milliseconds into the models' cards")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where bundled.json is written (default: bench/results)")
+    args = parser.parse_args()
+    for path in (args.data, args.ferplus):
+        if path is not None and not path.exists():
+            parser.error(f"there is no {path}")
+    if args.ferplus and not args.data:
+        parser.error("--ferplus gives votes for the rows of FER2013: it needs --data")
+    return args
+
+
+def main():
+    args = parse_args()
+    from fer_nbdev.classify import bundled_models
+    from fer_nbdev.data import read_fer2013, read_ferplus, synthetic_faces
+    if args.out:
+        _report.RESULTS = args.out
+    cards = bundled_models()
+    took = time_models(cards, args.rounds)
+    table = read_fer2013(args.data) if args.data else synthetic_faces(700)
+    ferplus = read_ferplus(args.ferplus) if args.ferplus else None
+    models = {}
+    for name, card in cards.items():
+        print(name, file=sys.stderr)
+        models[name] = {"scores": score_views(name, table, card), "ferplus": score_by_voters(name, table, ferplus) if ferplus else None,
+                        "cost": {"n_params": card["n_params"], "flops": count_operations(card), "bytes": card["files"]["model.onnx"]["bytes"], **took[name]},
+                        "made": {k: card.get(k) for k in ("arch", *MADE)}}
+        if args.cards:
+            write_latency(name, took[name])
+    report("bundled", models, question="What do the bundled models score, and what do they cost?", answer=answer_of(models),
+           data={"source": args.data.name if args.data else "drawn faces", "faces": len(table)}, rounds=args.rounds,
+           command="python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards" if args.data else "python bench/bundled.py")
+
+
+if __name__ == "__main__":
+    main()
