@@ -3,7 +3,8 @@
   scores     PublicTest (it selected the epoch and the temperature) and PrivateTest (scored for this, nothing is chosen on it):
              accuracy with its interval, macro F1, per class, log loss, calibration error, confusion, with one view of a face
              and with the ten of test-time averaging, and with the temperature taken out again
-  copies     the same on the PrivateTest faces that are not pixel for pixel a Training face as well
+  copies     the same on the PrivateTest faces that are not pixel for pixel a Training face as well; and on those that do not
+             show the same picture as a Training face at all, shifted, mirrored or compressed anew (the search takes minutes)
   FER+       PrivateTest against what more than half of FER+'s voters said, where that is one of the seven classes (--ferplus)
   cost       parameters, floating-point operations, size of the file, milliseconds a face on one core in batches of 1 and 64,
              as `FaceClassifier.predict_faces` gives them; the models take turns, and the median of the rounds counts
@@ -27,7 +28,7 @@ SPLITS = ("PublicTest", "PrivateTest")
 KEPT = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece")
 MADE = ("recipe", "seed", "commit", "hardware", "train_minutes", "date", "best_epoch", "temperature", "versions")
 EXAMPLES = """examples:
-  python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards     the measurement, a few minutes
+  python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards     the measurement, ten minutes
   python bench/bundled.py --out /tmp                                              a quick try on drawn faces"""
 
 
@@ -49,9 +50,9 @@ def uncalibrated(probs, temperature):
     return powers / powers.sum(1, keepdims=True)
 
 
-def score_views(name, table, card):
-    "Split -> the figures of one view and of ten, of what is left without copies, and of one view without temperature."
-    from fer_nbdev.evaluate import evaluate_model, score
+def score_views(name, table, card, near):
+    "Split -> the figures of one view and of ten, of what is left without copies, of one view without near copies, and without temperature."
+    from fer_nbdev.evaluate import confidence_intervals, evaluate_model, score
     rows = {}
     for split in SPLITS:
         rows[split] = {}
@@ -61,6 +62,10 @@ def score_views(name, table, card):
             if not tta:
                 plain = score(uncalibrated(e.probs, card["temperature"]), e.table.emotion, e.table.classes)
                 rows[split]["without_temperature"] = {k: plain[k] for k in KEPT}
+                copy = near.leaks(split)[e.rows]
+                unseen = score(e.probs[~copy], e.table.emotion[~copy], e.table.classes)
+                rows[split]["without_near_copies"] = {"copies": int(copy.sum()), "n": unseen["n"], **{k: unseen[k] for k in KEPT},
+                                                      "intervals": confidence_intervals(e.probs[~copy], e.table.emotion[~copy])}
     return rows
 
 
@@ -132,6 +137,7 @@ def parse_args():
 def main():
     args = parse_args()
     from fer_nbdev.classify import bundled_models
+    from fer_nbdev.clean import find_near_duplicates
     from fer_nbdev.data import read_fer2013, read_ferplus, synthetic_faces
     if args.out:
         _report.RESULTS = args.out
@@ -139,10 +145,11 @@ def main():
     took = time_models(cards, args.rounds)
     table = read_fer2013(args.data) if args.data else synthetic_faces(700)
     ferplus = read_ferplus(args.ferplus) if args.ferplus else None
+    near = find_near_duplicates(table)
     models = {}
     for name, card in cards.items():
         print(name, file=sys.stderr)
-        models[name] = {"scores": score_views(name, table, card), "ferplus": score_by_voters(name, table, ferplus) if ferplus else None,
+        models[name] = {"scores": score_views(name, table, card, near), "ferplus": score_by_voters(name, table, ferplus) if ferplus else None,
                         "cost": {"n_params": card["n_params"], "flops": count_operations(card), "bytes": card["files"]["model.onnx"]["bytes"], **took[name]},
                         "made": {k: card.get(k) for k in ("arch", *MADE)}}
         if args.cards:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_card', 'bundled_models', 'count_threads', 'list_providers', 'FaceClassifier']
 
-# %% ../nbs/09a_classify.ipynb #cb331402
+# %% ../nbs/09a_classify.ipynb #a1c4b5fe
 import hashlib, json, os, threading
 from copy import deepcopy
 from functools import lru_cache
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import read_image
+from .core import import_onnxruntime, read_image
 from .detect import crop_faces
 
 # %% ../nbs/09a_classify.ipynb #6dc2213b
@@ -105,7 +105,7 @@ def count_threads(
         raise ValueError(f'{what} must be a whole number of 1 or more, or None for the default, got {threads!r}')
     return int(threads)
 
-# %% ../nbs/09a_classify.ipynb #5bd36598
+# %% ../nbs/09a_classify.ipynb #7c409e65
 _PROVIDERS = { # short name -> onnxruntime's name, and the package that brings it
     'cpu': ('CPUExecutionProvider', 'onnxruntime'), 'cuda': ('CUDAExecutionProvider', 'onnxruntime-gpu'),
     'tensorrt': ('TensorrtExecutionProvider', 'onnxruntime-gpu'), 'coreml': ('CoreMLExecutionProvider', 'onnxruntime'), # on a Mac
@@ -113,13 +113,13 @@ _PROVIDERS = { # short name -> onnxruntime's name, and the package that brings i
 
 def list_providers() -> list[str]: # "cpu" and whatever else is there
     "The short names of the providers that the installed onnxruntime has"
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
     available = onnxruntime.get_available_providers()
     return [short for short, (full, _) in _PROVIDERS.items() if full in available]
 
 def _check_provider(name):
     "A short or full name -> the full name of a provider that exists here"
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
     full, _ = _PROVIDERS.get(name.lower(), (name, None))
     if full in onnxruntime.get_available_providers(): return full
     here, package = f'this onnxruntime has {", ".join(map(repr, list_providers()))}', dict(_PROVIDERS.values()).get(full)
@@ -153,10 +153,10 @@ def _check_graph(session, card, path):
     if isinstance(k, int) and k != len(card['classes']):
         raise ValueError(f'{str(path)!r} gives {k} probabilities, its card lists {len(card["classes"])} classes: {", ".join(card["classes"])}')
 
-# %% ../nbs/09a_classify.ipynb #260486f6
+# %% ../nbs/09a_classify.ipynb #979aabb4
 def _options(threads):
     "onnxruntime's settings of a session"
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
@@ -166,7 +166,7 @@ def _options(threads):
 @lru_cache(maxsize=8)
 def _open_session(folder, stamp, threads, providers):
     "An onnxruntime session for the model in `folder`"
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented as Unknown
     path, names = folder/'model.onnx', [name for name, _ in providers]
     try: session = onnxruntime.InferenceSession(str(path), _options(threads), names, [dict(options) for _, options in providers])

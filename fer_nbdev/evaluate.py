@@ -8,7 +8,7 @@ __all__ = ['STATISTICS', 'check_probs', 'calibration_error', 'class_curves', 'sc
            'plot_calibration', 'plot_roc', 'plot_precision_recall', 'predict_table', 'Evaluation', 'evaluate_model',
            'measure_latency']
 
-# %% ../nbs/06_evaluate.ipynb #ede46282
+# %% ../nbs/06_evaluate.ipynb #da57b073
 import hashlib
 import sys
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import auc, average_precision_score, classification_report, confusion_matrix, log_loss, precision_recall_curve, precision_recall_fscore_support, roc_curve
 
-from .core import EMOTIONS, import_cv2, write_whole
+from .core import EMOTIONS, import_cv2, import_onnxruntime, write_whole
 from .data import FER2013, find_duplicates, split_names
 
 # %% ../nbs/06_evaluate.ipynb #d0ff1ab9
@@ -302,10 +302,10 @@ def _open_learner(learn):
         with learn.no_bar(): return learn.get_preds(dl=dl)[0].numpy()
     return _Opened(predict_faces, tuple(map(str, vocab)), dict(name=type(learn.model).__name__, arch=type(learn.model).__name__, n_params=sum(p.numel() for p in learn.model.parameters())))
 
-# %% ../nbs/06_evaluate.ipynb #73fbe444
+# %% ../nbs/06_evaluate.ipynb #4dc8e4a4
 def _open_onnx(path, classes):
     "An ONNX file on its own, without a card."
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
     if not path.is_file(): raise FileNotFoundError(f"there is no ONNX file {str(path)!r}")
     try: session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     except Exception as e: raise ValueError(f"onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}") from None  # its errors share no class but this

@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'ExportedModel', 'create_onnx', 'halve_weights', 'quantize_graph', 'parity_report', 'check_report',
            'check_parity', 'export_model', 'export_run', 'quantize_model', 'export_weights', 'export_learner']
 
-# %% ../nbs/08_export.ipynb #840be87a
+# %% ../nbs/08_export.ipynb #4695b486
 import hashlib, io, json, logging, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
@@ -21,7 +21,7 @@ from fastai.data.transforms import Normalize
 from scipy.special import log_softmax
 from torch import nn
 
-from .core import EMOTIONS, import_cv2, require, write_whole
+from .core import EMOTIONS, import_cv2, import_onnxruntime, require, write_whole
 from .data import FER2013, select_classes, synthetic_faces
 from .evaluate import fit_temperature, score
 from .loaders import FER2013_STATS
@@ -294,10 +294,10 @@ def check_report(
                                + ("" if weights == "float32" else f"; weights={'float32' if weights == 'float16' else 'float16'!r} stays closer"))
     return report | dict(limits=limits)
 
-# %% ../nbs/08_export.ipynb #ac0aa1ab
+# %% ../nbs/08_export.ipynb #419b06a2
 def _open_graph(graph):
     "A function from uint8 faces [n, h, w] to probs float32 [n, k] by an exported graph, given as bytes or a path."
-    import onnxruntime as ort
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"])
