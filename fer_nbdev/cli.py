@@ -249,7 +249,7 @@ def _video_progress(reader):
             yield advance
     return bar()
 
-# %% ../nbs/14_cli.ipynb #23c7ee9a
+# %% ../nbs/14_cli.ipynb #2491e1ec
 @app.command()
 def video(
     source: Annotated[str, typer.Argument(help="A video file, a folder or quoted pattern of images, or an address (http, rtsp).")],
@@ -262,7 +262,7 @@ def video(
     live: Annotated[bool, typer.Option("--live/--no-live", help="Drop frames that come too late. Default: only addresses without an end.")] = None,
     window: Annotated[bool, typer.Option("--window/--no-window", help="Show the frames: q ends, s saves one.")] = False,
 ):
-    """Follow the faces of a video and say who felt what, when.
+    """Follow the faces of a video and say who showed what, when.
 
     Examples: `fer video talk.mp4` · `fer video talk.mp4 --out faces.mp4 --csv faces.csv --timeline faces.png` ·
     `fer video talk.mp4 --start 60 --end 90 --json - | jq .time` · `fer video "frames/*.png" --fps 30 --csv faces.parquet`
