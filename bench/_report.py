@@ -6,6 +6,7 @@
 
 writes `bench/results/my_question.json`. Nothing in there is typed by hand.
 """
+import contextlib
 import datetime
 import json
 import os
@@ -30,6 +31,20 @@ def measure(f, repeat=5):
         f()
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+@contextlib.contextmanager
+def on_cores(n):
+    "What is started inside runs on the last `n` usable cores, where the system can do that."
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[-n:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _cpu():

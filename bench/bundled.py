@@ -14,7 +14,6 @@ With --cards the milliseconds are written into the models' cards, from which `fe
 """
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import _report
-from _report import hardware, report
+from _report import hardware, on_cores, report
 
 SPLITS = ("PublicTest", "PrivateTest")
 KEPT = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece")
@@ -89,16 +88,10 @@ def time_models(names, rounds):
     from fer_nbdev.evaluate import measure_latency
     took = {name: [] for name in names}
     predictors = {name: Predictor(name, threads=1, detector="none") for name in names}
-    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    try:
-        if before:
-            os.sched_setaffinity(0, {max(before)})
+    with on_cores(1):
         for _ in range(rounds):
             for name, predictor in predictors.items():
                 took[name].append(measure_latency(predictor.predict_faces, n=200))
-    finally:
-        if before:
-            os.sched_setaffinity(0, before)
     return {name: {k: round(statistics.median(t[k] for t in of), 4) for k in ("single_ms", "batch_ms")} | {"batch": of[0]["batch"]} for name, of in took.items()}
 
 

@@ -11,7 +11,6 @@ on one core. All answers must agree, or the run fails.
 import argparse
 import hashlib
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 import _report
-from _report import report
+from _report import on_cores, report
 
 LIMIT = .15
 SLICES = (1, 4, 8, 16, 32, 64, 256)
@@ -150,17 +149,12 @@ def parse_args():
 def main():
     args = parse_args()
     _report.RESULTS = args.out
-    from fer_nbdev.inference import bundled_models
+    from fer_nbdev.classify import bundled_models
     cards, weights = bundled_models(), _report.ROOT / "fer_nbdev" / "weights"
     seconds, rounds = (.02, 3) if args.quick else (.5, 9)
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if cores:
-        os.sched_setaffinity(0, {max(cores)})
-    with tempfile.TemporaryDirectory() as tmp:
+    with on_cores(1), tempfile.TemporaryDirectory() as tmp:
         added = {name: overhead(model, seconds, rounds) for name, model in {"one small matrix": tiny_model(Path(tmp) / "tiny"), **{n: n for n in cards}}.items()}
-    long = {name: slices(weights / name / "model.onnx", card["img_size"], 2 if args.quick else 5) for name, card in cards.items()}
-    if cores:
-        os.sched_setaffinity(0, cores)
+        long = {name: slices(weights / name / "model.onnx", card["img_size"], 2 if args.quick else 5) for name, card in cards.items()}
     options = {name: settings(weights / name / "model.onnx", card["img_size"], seconds, rounds) for name, card in cards.items()}
     photo = {name: spinning(name, weights / name / "model.onnx", 3 if args.quick else 15) for name in cards}
     share = {name: added[name]["added_share"]["predict_faces(array)"] for name in cards}

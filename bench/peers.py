@@ -15,7 +15,6 @@ How each library is called stands in the result and in `_contestants.py`. Those 
 what they say without a network is written down.
 """
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import _report
-from _report import ROOT, report
+from _report import ROOT, on_cores, report
 from install_size import copy_of_the_project, megabytes
 
 PACKAGES = {"fer_nbdev": ["."], "fer": ["fer==25.10.3", "setuptools<81"],  # fer imports pkg_resources, which newer ones lack
@@ -91,20 +90,6 @@ def install(name, envs):
     found = {"asked": wanted, "megabytes": round(megabytes(env)), "packages": len(versions.keys() - own), "versions": versions}
     about.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
-
-
-@contextlib.contextmanager
-def on_cores(n):
-    "What is started inside runs on the last `n` usable cores, where the system can do that."
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[-n:])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 class Runner:

@@ -8,7 +8,7 @@ __all__ = ['COPY_KINDS', 'NOT_A_FACE', 'ACTIONS', 'FINDING_KINDS', 'plant_copies
            'out_of_fold_probs', 'find_label_issues', 'plant_label_errors', 'ferplus_majority', 'pixel_ids',
            'collect_findings', 'write_findings', 'read_findings', 'apply_findings', 'plot_findings', 'FindingsReviewer']
 
-# %% ../nbs/07a_clean.ipynb #b1ee2290
+# %% ../nbs/07a_clean.ipynb #b8e07aca
 import base64, hashlib
 from dataclasses import dataclass, replace
 from html import escape
@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.fft import dct
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -26,8 +25,9 @@ from fastcore.basics import patch
 
 from .core import import_cv2, require, write_whole
 from .data import EMOTIONS, FER2013, FERPLUS_CLASSES, Duplicates, FERPlus, find_duplicates
-from .recipe import Recipe, read_recipe
-from .train import cross_validate, fold_tables, load_run
+from .interpret import open_network
+from .recipe import Recipe
+from .train import cross_validate, fold_tables
 
 # %% ../nbs/07a_clean.ipynb #c3daff34
 def _warp(face, matrix):
@@ -247,15 +247,13 @@ def score_not_face(
     mean = edges.mean(0)
     return np.where(_is_flat(faces), 1, 1 - edges @ (mean/max(np.linalg.norm(mean), 1e-6))).astype(np.float32)
 
-# %% ../nbs/07a_clean.ipynb #7a0f0177
-@torch.no_grad()
+# %% ../nbs/07a_clean.ipynb #05f4794d
 def predict_run(
     run,  # folder of a run of `train`
     faces: np.ndarray,  # uint8 [n, 48, 48]
 ) -> np.ndarray:
     "float32 [n, classes]: the probabilities that the network of a run, with its best weights, gives."
-    model, (mean, std) = load_run(run), read_recipe(Path(run)/"recipe.yaml").stats
-    return torch.cat([model((b/255 - mean)/std).softmax(1) for b in torch.from_numpy(faces)[:, None].split(256)]).numpy()
+    return open_network(run).predict_faces(faces)
 
 def out_of_fold_probs(
     recipe: Recipe,  # how to train; a small network and few epochs will do

@@ -58,7 +58,7 @@ def find_images(
         found += images
     return list(dict.fromkeys(found))
 
-# %% ../nbs/14_cli.ipynb #3d24bc78
+# %% ../nbs/14_cli.ipynb #45f90d91
 def _json_line(image, preds):
     "One JSON object: the image with its faces, or with what is wrong with it."
     return json.dumps(dict(image=image, error=str(preds)) if isinstance(preds, Exception) else dict(image=image, faces=[p.to_dict() for p in preds]))
@@ -69,11 +69,10 @@ def _csv_lines(rows):
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue().rstrip("\n")
 
-def _csv_header(classes): return _csv_lines([["image", "face", "x0", "y0", "x1", "y1", "emotion", "confidence", *classes]])
-
 def _csv_faces(image, preds):
     "One csv row a face: image, face number, box, emotion, confidence, probabilities."
-    return _csv_lines([image, i, *(p.box or [""]*4), p.emotion, f"{p.confidence:.4f}", *(f"{v:.4f}" for v in p.probs.values())] for i, p in enumerate(preds))
+    from fer_nbdev.inference import _csv_rows
+    return _csv_lines(_csv_rows(image, preds))
 
 def _bars(image, preds):
     "All faces of one image with a bar for every probability."
@@ -170,7 +169,7 @@ def _print_answer(image, preds, as_json, as_csv):
     if isinstance(preds, Exception): print(f"fer: {preds}" if image in str(preds) else f"fer: {image}: {preds}", file=sys.stderr)
     elif as_csv and preds: print(_csv_faces(image, preds), flush=True)
 
-# %% ../nbs/14_cli.ipynb #0da87717
+# %% ../nbs/14_cli.ipynb #57b2e583
 @app.command()
 def predict(
     images: Annotated[list[str], typer.Argument(help="Files, folders, quoted patterns, or - for an image on standard input. Without any: a sample portrait.")] = None,
@@ -195,12 +194,12 @@ def predict(
     `find . -name "*.jpg" | fer predict --files-from -` · `curl -s URL | fer predict -`
     """
     if as_json and as_csv: raise typer.BadParameter("--json and --csv exclude each other")
-    from fer_nbdev.inference import Predictor
-    predictor = Predictor(model if len(model) > 1 else model[0], threads=threads, providers=provider or None, tta=tta, detector=detector,
+    from fer_nbdev.inference import _COLUMNS, Predictor
+    predictor = Predictor(model, threads=threads, providers=provider or None, tta=tta, detector=detector,
                           margin=margin, align=align, min_confidence=min_confidence)
     images, done = _arguments(images, files_from), []
     if annotate: annotate.mkdir(parents=True, exist_ok=True)
-    if as_csv: print(_csv_header(predictor.classes))
+    if as_csv: print(_csv_lines([[*_COLUMNS, *predictor.classes]]))
     answers = predictor.predict_many([_source(image) for image in images], workers)
     for image, name, (source, preds) in zip(images, _names(images), _progress(answers, len(images), on=len(images) > 4)):
         _print_answer(image, preds, as_json, as_csv)
@@ -211,7 +210,7 @@ def predict(
     if latency and done: _print_latency(predictor, [source for _, source, _ in done])
     if len(done) < len(images): raise typer.Exit(1)
 
-# %% ../nbs/14_cli.ipynb #92977e8a
+# %% ../nbs/14_cli.ipynb #0c110663
 _Model = Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.")]
 _Detector = Annotated[str, typer.Option(help="auto, haar, yunet, or the path of a YuNet model.")]
 _Every = Annotated[int, typer.Option(min=1, help="Look for faces in every so manieth frame; in between they are followed.")]
@@ -227,7 +226,7 @@ def _run_video(source, live, model, detector, min_confidence, jsonl, **settings)
     import warnings
     from fer_nbdev.inference import Predictor
     from fer_nbdev.video import VideoReader, process_video
-    predictor = Predictor(model if len(model) > 1 else model[0], detector=detector, min_confidence=min_confidence)
+    predictor = Predictor(model, detector=detector, min_confidence=min_confidence)
     reader = VideoReader(source, live=live, **{k: settings.pop(k) for k in ("start", "end", "fps") if k in settings})
     with _video_progress(reader) as progress, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"fer: {message}", file=sys.stderr)

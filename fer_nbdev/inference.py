@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Predictor', 'predict', 'to_pandas', 'plot_predictions']
 
-# %% ../nbs/10_inference.ipynb #a9787386
+# %% ../nbs/10_inference.ipynb #548df69f
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from itertools import chain, islice, repeat
 
 import numpy as np
 
-from .classify import FaceClassifier, bundled_models, count_threads, read_card
+from .classify import FaceClassifier, count_threads
 from .core import UNCERTAIN, Prediction, read_image, require
 from .detect import check_boxes, crop_faces, detect_faces, plot_boxes
 
@@ -164,8 +164,12 @@ def predict(
     Raises `ValueError` or `FileNotFoundError` that names the image, model, detector or box that does not fit."""
     return Predictor(model, tta=tta, detector=detector).predict(source, boxes, box_format)
 
-# %% ../nbs/10_inference.ipynb #cb9b696f
+# %% ../nbs/10_inference.ipynb #5afb3179
 _COLUMNS = ['image', 'face', 'x0', 'y0', 'x1', 'y1', 'emotion', 'confidence']
+
+def _csv_rows(image, preds):
+    "A row a face, as csv has it: `_COLUMNS` and the probabilities"
+    return [[image, i, *(p.box or [''] * 4), p.emotion, f'{p.confidence:.4f}', *(f'{v:.4f}' for v in p.probs.values())] for i, p in enumerate(preds)]
 
 def to_pandas(
     results: Iterable, # what `predict`, `Predictor.predict_batch` or `Predictor.predict_many` gave

@@ -13,12 +13,18 @@ import pytest
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
+def find_browser():
+    "The program of a browser; the test is skipped where there is none."
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"no browser to open the page in: none of {', '.join(BROWSERS)} is on PATH")
+    return program
+
+
 class Browser:
     "Asks nobody but this machine, and has a camera that shows `film`, a file of JPEG pictures one after the other."
     def __init__(self, folder, film=None):
-        self.program = next(filter(None, map(shutil.which, BROWSERS)), None)
-        if self.program is None:
-            pytest.skip(f"no browser to open the page in: none of {', '.join(BROWSERS)} is on PATH")
+        self.program = find_browser()
         self.profile, self.film, self.number, self.events, self.connection = Path(folder) / "profile", film, 0, [], ExitStack()
 
     def __enter__(self):

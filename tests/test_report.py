@@ -5,7 +5,6 @@ The browser is a Chromium without a window. Where none is installed its tests ar
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -13,12 +12,11 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from _browser import find_browser  # noqa: E402
 from fer_nbdev import Predictor  # noqa: E402
 from fer_nbdev.data import FER2013, synthetic_faces, to_folders  # noqa: E402
 from fer_nbdev.evaluate import STATISTICS, _statistics, compare_models, confidence_intervals, evaluate_model, predict_table  # noqa: E402
 from fer_nbdev.report import report_html  # noqa: E402
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 # ------------------------------------------------------------------------------------------------------- browser
@@ -54,9 +52,7 @@ addEventListener("load", () => {
 
 def _look(page, folder, width, dark):
     "Open a page in a frame of `width` pixels; what the browser found in it, and what it wrote to the console."
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser to open the report in: none of {', '.join(BROWSERS)} is on PATH")
+    browser = find_browser()
     test = folder / "test.html"
     test.write_text(f'<!doctype html><meta charset="utf-8"><iframe id="report" srcdoc="{html.escape(page)}" style="border:0;width:{width}px;height:900px">'
                     f'</iframe><pre id="answer"></pre><script>const innerWidthOf = {width};{CHECK}</script>', encoding="utf-8")
