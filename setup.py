@@ -16,8 +16,8 @@ def requirements(name):
     return shlex.split(cfg.get(name, ""))
 
 
-extras = {name: requirements(f"{name}_requirements") for name in ("train", "track", "video", "serve")}
-extras["dev"] = [*extras["train"], *extras["track"], *extras["video"], *extras["serve"], *requirements("dev_requirements")]
+extras = {name: requirements(f"{name}_requirements") for name in ("train", "track", "video", "serve", "scale")}
+extras["dev"] = [*(line for extra in extras.values() for line in extra), *requirements("dev_requirements")]
 
 with open("README.md", encoding="utf-8") as f:
     readme = f.read()

@@ -119,7 +119,7 @@ def maps(network, faces, emotion, n_occlusion):
 def judge(heat, corner):
     "Share of maps that peak on the pattern, and share of their heat that lies there."
     peak = np.stack(np.unravel_index(heat.reshape(len(heat), -1).argmax(1), heat.shape[1:]), 1) - corner
-    inside = [h[t:t + SIZE, l:l + SIZE].sum() / max(h.sum(), 1e-9) for h, (t, l) in zip(heat, corner)]
+    inside = [h[top:top + SIZE, left:left + SIZE].sum() / max(h.sum(), 1e-9) for h, (top, left) in zip(heat, corner)]
     return {"hits": round(float(((peak >= 0) & (peak < SIZE)).all(1).mean()), 4), "heat": round(float(np.mean(inside)), 4)}
 
 

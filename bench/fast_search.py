@@ -29,7 +29,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import _report
-import numpy as np
 import onnxruntime
 import torch
 from _report import report

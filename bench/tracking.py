@@ -259,7 +259,6 @@ def flow(before, after, boxes):
 
 def between(films, yunet):
     "How well boxes fit in the frames without detection, and what they cost"
-    import cv2
     from fer_nbdev.detect import detect_faces
     from fer_nbdev.track import FaceTracker
     overlaps, seconds, count = {}, {}, 0
@@ -279,7 +278,7 @@ def between(films, yunet):
             last, gray = gray, np.ascontiguousarray(image[..., 0])
             if found is not None:
                 boxes = list(found["YuNet"])
-                for k, (then, others) in enumerate(waiting):
+                for k, (_, others) in enumerate(waiting):
                     share = (k + 1) / EVERY
                     pairs = iou(held, boxes)
                     add("interpolated, two frames late", [(1 - share) * h + share * boxes[int(p.argmax())] if p.max(initial=0) > .1 else h for h, p in zip(held, pairs)], others)

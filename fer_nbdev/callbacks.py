@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'has_bf16', 'BF16', 'EMA', 'SeedEpochs', 'History', 'best_epoch', 'plot_history', 'Curves', 'save_weights',
-           'Checkpoint', 'load_checkpoint', 'EarlyStop', 'plateau_lr', 'Plateau', 'Freeze', 'create_tracker']
+           'load_weights', 'Checkpoint', 'load_checkpoint', 'EarlyStop', 'plateau_lr', 'Plateau', 'Freeze',
+           'create_tracker']
 
-# %% ../nbs/04b_callbacks.ipynb #53d78d51
+# %% ../nbs/04b_callbacks.ipynb #fab07cd1
 import csv, json, random, sys, time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.torch_core import set_seed
+from fastai.torch_core import get_model, rank_distrib, set_seed
 from fastcore.foundation import L
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .core import require, write_whole
 from .recipe import MONITORS
 
-# %% ../nbs/04b_callbacks.ipynb #19a5aee2
+# %% ../nbs/04b_callbacks.ipynb #f789a659
 def has_bf16(
     device,  # torch device or its name
 ) -> bool:
@@ -32,44 +35,47 @@ def has_bf16(
 class BF16(Callback):
     "Run the model under bf16 autocast while fitting; its output comes back as float32."
     def before_fit(self):
-        vars(self.model).pop("forward", None)  # left there by an interrupted run
-        self.run_model, self.model.forward = self.model.forward, self._forward
+        model = get_model(self.model)
+        model.__dict__.pop("forward", None)  # left there by an interrupted run
+        self.run_model, model.forward = model.forward, self._forward
 
     def _forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16): return self.run_model(x).float()
 
-    def after_fit(self): vars(self.model).pop("forward", None)
+    def after_fit(self): get_model(self.model).__dict__.pop("forward", None)
 
-# %% ../nbs/04b_callbacks.ipynb #a8240b81
+# %% ../nbs/04b_callbacks.ipynb #e5610be7
 class EMA(Callback):
     "Exponential moving average of weights and batch-norm statistics, swapped in for validation."
     order = 20
 
     def __init__(self,
         decay: float = .999,  # share of the old average kept at each step; smaller at first, (1+t)/(10+t) at step t
-    ): self.decay, self.state, self.steps = decay, None, 0
+    ):
+        self.decay, self.steps = decay, 0
+        self.state: dict = {}
 
     def before_fit(self):
-        if self.state is None: self.state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        if not self.state: self.state = {k: v.detach().clone() for k, v in get_model(self.model).state_dict().items()}
 
     @torch.no_grad()
     def after_step(self):
         self.steps += 1
         new = 1 - min(self.decay, (1 + self.steps)/(10 + self.steps))
-        pairs = [(self.state[k], v) for k, v in self.model.state_dict().items()]
+        pairs = [(self.state[k], v) for k, v in get_model(self.model).state_dict().items()]
         torch._foreach_lerp_([a for a, v in pairs if v.is_floating_point()], [v for _, v in pairs if v.is_floating_point()], new)
         for a, v in pairs:
             if not v.is_floating_point(): a.copy_(v)
 
     def before_validate(self):
-        self.raw = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.state)
+        self.raw = {k: v.detach().clone() for k, v in get_model(self.model).state_dict().items()}
+        get_model(self.model).load_state_dict(self.state)
 
-    def after_validate(self): self.model.load_state_dict(self.raw)
+    def after_validate(self): get_model(self.model).load_state_dict(self.raw)
 
-# %% ../nbs/04b_callbacks.ipynb #067a6c42
+# %% ../nbs/04b_callbacks.ipynb #196a952f
 class SeedEpochs(Callback):
-    "Seed all random numbers at the start of each epoch from the run's seed and the epoch."
+    "Seed all random numbers at the start of each epoch from the run's seed, the epoch and, where several processes train, the rank."
     order = -20
 
     def __init__(self,
@@ -77,18 +83,18 @@ class SeedEpochs(Callback):
     ): self.seed = seed
 
     def before_epoch(self):
-        seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self.seed, self.epoch, rank_distrib()]).generate_state(1)[0])
         set_seed(seed)
         self.dls.train.rng = random.Random(seed)
 
-# %% ../nbs/04b_callbacks.ipynb #cc6667a3
+# %% ../nbs/04b_callbacks.ipynb #66fc9170
 class History(Callback):
     "Collect a row of metrics after every epoch and write `history.csv` and `history.json` into `out`."
     order = 55  # after fastai's Recorder
 
     def __init__(self,
         out,  # folder of the run
-        rows: list = (),  # history of the epochs before, where a run resumes
+        rows: Iterable = (),  # history of the epochs before, where a run resumes
         verbose: bool = False,  # print every row
     ): self.out, self.rows, self.verbose = Path(out), list(rows), verbose
 
@@ -116,6 +122,7 @@ class History(Callback):
         print("    right of " + "  ".join(f"{k[7:]} {v:.0%}" for k, v in by_class.items()), flush=True)
 
     def _write(self):
+        if rank_distrib(): return
         with write_whole(self.out/"history.json") as tmp: Path(tmp).write_text(json.dumps(self.rows, indent=1))
         with write_whole(self.out/"history.csv") as tmp, open(tmp, "w", newline="") as f:
             w = csv.DictWriter(f, self.rows[0]); w.writeheader(); w.writerows(self.rows)
@@ -151,7 +158,7 @@ def plot_history(
     axs[1].set_title(f"best: epoch {rows[best]['epoch']}, {monitor} {rows[best][monitor]:.3f}", fontsize=9)
     return axs
 
-# %% ../nbs/04b_callbacks.ipynb #a998adc9
+# %% ../nbs/04b_callbacks.ipynb #510e5b08
 class Curves(Callback):
     "Draw the history into `curves.png`, and live in a notebook, after every epoch and at the end."
     order = 56  # after History
@@ -170,6 +177,7 @@ class Curves(Callback):
         if self.history.rows: self._draw()
 
     def _draw(self):
+        if rank_distrib(): return
         import matplotlib.pyplot as plt
         figure = plot_history(self.history.rows, monitor=self.monitor)[0].figure
         with write_whole(self.out/"curves.png") as tmp: figure.savefig(tmp, format="png", dpi=110)
@@ -197,31 +205,50 @@ def _unpack(tree, tensors):
     if isinstance(tree, dict): return tensors[tree["tensor"]] if "tensor" in tree else {k: _unpack(v, tensors) for k, v in tree["pairs"]}
     return [_unpack(v, tensors) for v in tree] if isinstance(tree, list) else tree
 
-# %% ../nbs/04b_callbacks.ipynb #20b231af
+# %% ../nbs/04b_callbacks.ipynb #6ef8d8ac
 def save_weights(
     state: dict,  # a `state_dict`
     path,  # .safetensors file
-    about: dict = None,  # kept as JSON in the file's header
+    about: dict | None = None,  # kept as JSON in the file's header
 ):
-    "Write tensors to a safetensors file, whole or not at all."
+    "Write tensors to a safetensors file, whole or not at all. Raises `OSError` where it cannot be written, as on a full disk."
     flat = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    with write_whole(path) as tmp: save_file(flat, tmp, metadata={"about": json.dumps(about or {})})
+    with write_whole(path) as tmp:
+        try: save_file(flat, tmp, metadata={"about": json.dumps(about or {})})
+        except SafetensorError as e: raise OSError(f"{path} cannot be written: {e}") from None
 
+def load_weights(
+    path,  # .safetensors file
+) -> tuple:
+    "(name -> tensor, what `save_weights` was told about them) of a safetensors file. Nothing in it is run: a pickle under such a name is a `ValueError`, as is every other damage."
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"there is no weights file {str(path)!r}")
+    try:
+        with safe_open(path, "pt") as f: about = json.loads((f.metadata() or {}).get("about", "{}"))
+        return load_file(path), about
+    except (SafetensorError, ValueError, RecursionError) as e: raise ValueError(f"{str(path)!r} cannot be read as safetensors: {str(e)[:300]}") from None
+
+# %% ../nbs/04b_callbacks.ipynb #afc7c0e3
 class Checkpoint(Callback):
     "After every epoch write `last.safetensors`, and `best.safetensors` where the epoch is the best so far."
     order = 60  # after History
 
     def __init__(self,
         out,  # folder of the run
-        ema: EMA = None,  # its average is what `best.safetensors` holds
+        ema: EMA | None = None,  # its average is what `best.safetensors` holds
         monitor: str = "accuracy",  # what makes an epoch the best
     ): self.out, self.ema, self.monitor = Path(out), ema, monitor
 
+    def before_fit(self):
+        if rank_distrib(): return
+        for left in self.out.glob(".*.tmp.safetensors"): left.unlink(missing_ok=True)  # by a run that was killed as it wrote
+
     def after_epoch(self):
-        rows, ema = self.history.rows, self.ema
+        if rank_distrib(): return
+        rows, ema, model = self.history.rows, self.ema, get_model(self.model)
         if best_epoch(rows, self.monitor) == len(rows) - 1:
-            save_weights(ema.state if ema else self.model.state_dict(), self.out/"best.safetensors", dict(epoch=self.epoch))
-        state = dict(model=self.model.state_dict(), opt=self.opt.state_dict(), ema=ema and dict(state=ema.state, steps=ema.steps))
+            save_weights(ema.state if ema else model.state_dict(), self.out/"best.safetensors", dict(epoch=self.epoch))
+        state = dict(model=model.state_dict(), opt=self.opt.state_dict(), ema=ema and dict(state=ema.state, steps=ema.steps))
         tensors = {}
         tree = _pack(state, tensors)
         save_weights(tensors, self.out/"last.safetensors", dict(epoch=self.epoch, rows=rows, state=tree))
@@ -229,9 +256,13 @@ class Checkpoint(Callback):
 def load_checkpoint(
     path,  # `last.safetensors` of a run
 ) -> tuple:
-    "(epoch, history rows, state) of a checkpoint; the state is a dict with model, opt and ema."
-    with safe_open(path, "pt") as f: about = json.loads(f.metadata()["about"])
-    return about["epoch"], about["rows"], _unpack(about["state"], load_file(path))
+    "(epoch, history rows, state) of a checkpoint; the state is a dict with model, opt and ema. Raises `ValueError` for a file that is none."
+    tensors, about = load_weights(path)
+    try:
+        epoch, rows, state = about["epoch"], about["rows"], _unpack(about["state"], tensors)
+        if isinstance(epoch, int) and isinstance(rows, list) and isinstance(state, dict): return epoch, rows, state
+    except (KeyError, TypeError, ValueError): pass
+    raise ValueError(f"{str(path)!r} is no checkpoint of a run: it holds weights, but not where the run stood; expected a last.safetensors")
 
 # %% ../nbs/04b_callbacks.ipynb #c381e3ff
 class EarlyStop(Callback):
@@ -251,7 +282,7 @@ class EarlyStop(Callback):
         rows = self.history.rows
         if begun and len(rows) - 1 - best_epoch(rows, self.monitor) >= self.patience: raise CancelFitException()
 
-# %% ../nbs/04b_callbacks.ipynb #986463b0
+# %% ../nbs/04b_callbacks.ipynb #af5e93a1
 def plateau_lr(
     rows: list,  # history of the epochs so far
     lr: float,  # where the run began
@@ -262,7 +293,7 @@ def plateau_lr(
 ) -> float:
     "The learning rate that `torch.optim.lr_scheduler.ReduceLROnPlateau` has reached after these epochs."
     optimizer = torch.optim.SGD([torch.zeros(1)], lr)
-    mode = "max" if MONITORS[monitor] is max else "min"
+    mode: Literal["min", "max"] = "max" if MONITORS[monitor] is max else "min"
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, factor, patience, min_lr=min_lr)
     for r in rows: scheduler.step(r[monitor])
     return optimizer.param_groups[0]["lr"]
@@ -294,7 +325,7 @@ class Freeze(Callback):
     def after_fit(self):
         for p in self.body: p.requires_grad_(True)
 
-# %% ../nbs/04b_callbacks.ipynb #55e2a0dd
+# %% ../nbs/04b_callbacks.ipynb #16ab44e8
 TRACKERS = ("tensorboard", "wandb")  # experiment trackers that `train` can write to
 
 def _create_tensorboard(out):
@@ -316,7 +347,7 @@ def _create_wandb(out, about):
 def create_tracker(
     name: str,  # one of `TRACKERS`
     out,  # folder of the run
-    about: dict = None,  # what Weights & Biases shows beside the curves
+    about: dict | None = None,  # what Weights & Biases shows beside the curves
 ) -> Callback:
     "fastai's callback for an experiment tracker. Raises `ValueError` for an unknown one, `ImportError` with the line to type for a missing one."
     if name not in TRACKERS: raise ValueError(f"unknown tracker {name!r}: expected one of {', '.join(TRACKERS)}")

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['read_card', 'bundled_models', 'count_threads', 'list_providers', 'FaceClassifier']
 
-# %% ../nbs/09a_classify.ipynb #a1c4b5fe
-import hashlib, json, os, threading
+# %% ../nbs/09a_classify.ipynb #298154b5
+import json, os, threading
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from .core import import_onnxruntime, read_image
+from .core import import_onnxruntime, read_checked, read_image
 from .detect import crop_faces
 
-# %% ../nbs/09a_classify.ipynb #6dc2213b
+# %% ../nbs/09a_classify.ipynb #0593092f
 def _check_card(card, where):
     "Raise a `ValueError` unless the card has what prediction needs"
     if not isinstance(card, dict): raise ValueError(f'{where} must hold a JSON object, got {type(card).__name__}')
     missing = [key for key in ('format', 'name', 'classes', 'img_size', 'files') if key not in card]
     if missing: raise ValueError(f'{where} has no {", ".join(map(repr, missing))}: export the model again')
-    if card['format'] != 1: 
+    if card['format'] != 1:
         raise ValueError(f'{where} has the format {card["format"]!r}, and this version reads format 1: update fer_nbdev')
     classes, size, files = card['classes'], card['img_size'], card['files']
     if not (isinstance(classes, list) and len(classes) > 1 and all(isinstance(c, str) for c in classes) and len(set(classes)) == len(classes)):
@@ -31,33 +31,25 @@ def _check_card(card, where):
     if not (isinstance(files, dict) and 'model.onnx' in files and all(isinstance(f, dict) and 'sha256' in f for f in files.values())):
         raise ValueError(f'{where}: files must give the sha256 of model.onnx, got {files!r}')
 
-# %% ../nbs/09a_classify.ipynb #282a4d94
-def _check_file(path, entry):
-    "Raise unless the file is there and has the sha256 that the card gives"
-    if not path.is_file(): raise FileNotFoundError(f'the model folder {str(path.parent)!r} has no {path.name}, which its card lists: copy the whole folder')
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != entry['sha256']:
-        raise ValueError(f'{str(path)!r} is not the file that the card describes: its sha256 is {found[:12]}…, '
-                         f'the card says {str(entry["sha256"])[:12]}…. It was altered, or only half copied: export or copy the folder again')
-
+# %% ../nbs/09a_classify.ipynb #d46ed933
 def read_card(
     folder, # a model folder: model.onnx and card.json
     check_files: bool = True, # compare the files with the sha256 in the card
 ) -> dict: # the card: name, arch, classes, img_size, scores, files, ...
     """Read the card of a model folder and check that the folder is whole.
 
-    Raises `FileNotFoundError` where the folder, the card or a file that the card lists is missing, 
+    Raises `FileNotFoundError` where the folder, the card or a file that the card lists is missing,
     and `ValueError` for a card that cannot be read or a file that is not the one described."""
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f'there is no model folder {str(folder)!r}')
     path = folder/'card.json'
     if not path.is_file(): raise FileNotFoundError(f'{str(folder)!r} is no model folder, it has no card.json: expected model.onnx and card.json, as export writes them')
     try: card = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{str(path)!r} is not valid JSON ({e}): export the model again') from None
+    except (ValueError, RecursionError) as e: raise ValueError(f'{str(path)!r} is not valid JSON ({e}): export the model again') from None
     _check_card(card, repr(str(path)))
-    for name, entry in card['files'].items() if check_files else (): 
+    for name, entry in card['files'].items() if check_files else ():
         if Path(name).name != name: raise ValueError(f'{str(path)!r} lists the file {name!r}: expected plain names inside the folder')
-        _check_file(folder/name, entry)
+        read_checked(folder/name, entry['sha256'])
     return card
 
 # %% ../nbs/09a_classify.ipynb #22fe5d23
@@ -153,7 +145,7 @@ def _check_graph(session, card, path):
     if isinstance(k, int) and k != len(card['classes']):
         raise ValueError(f'{str(path)!r} gives {k} probabilities, its card lists {len(card["classes"])} classes: {", ".join(card["classes"])}')
 
-# %% ../nbs/09a_classify.ipynb #979aabb4
+# %% ../nbs/09a_classify.ipynb #9b5b90dd
 def _options(threads):
     "onnxruntime's settings of a session"
     onnxruntime = import_onnxruntime()
@@ -161,21 +153,23 @@ def _options(threads):
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     options.log_severity_level = 3 # errors only: its warnings are about its own optimisations
+    options.add_session_config_entry('session.model_external_initializers_file_folder_path', os.path.join(os.devnull, 'none')) # weights are in the graph, or nowhere
     return options
 
 @lru_cache(maxsize=8)
 def _open_session(folder, stamp, threads, providers):
     "An onnxruntime session for the model in `folder`"
     onnxruntime = import_onnxruntime()
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented as Unknown
-    path, names = folder/'model.onnx', [name for name, _ in providers]
-    try: session = onnxruntime.InferenceSession(str(path), _options(threads), names, [dict(options) for _, options in providers])
-    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, Unknown) as e:
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented as Unknown, RuntimeException
+    path, names, card = folder/'model.onnx', [name for name, _ in providers], _kept_card(folder, stamp)
+    graph = read_checked(path, card['files']['model.onnx']['sha256']) # opened from these bytes, so nothing else can come in
+    try: session = onnxruntime.InferenceSession(graph, _options(threads), names, [dict(options) for _, options in providers])
+    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, Unknown, RuntimeException, UnicodeDecodeError) as e: # the last one about the name of a node
         raise ValueError(f'onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}') from None
     failed = [name for name in names if name not in session.get_providers()]
     if failed: raise ValueError(f'onnxruntime could not start {failed[0]!r} and fell back to {session.get_providers()[0]!r}: check its drivers and libraries')
     session.disable_fallback() # nor shall a provider that fails later be replaced without a word
-    _check_graph(session, _kept_card(folder, stamp), path)
+    _check_graph(session, card, path)
     return session
 
 _opening = threading.Lock()
@@ -233,7 +227,7 @@ def _over_views(model, faces):
     probs = model(views.reshape(-1, *faces.shape[1:]))
     return probs.reshape(len(views), len(faces), probs.shape[-1]).mean(axis=0)
 
-# %% ../nbs/09a_classify.ipynb #ac433da7
+# %% ../nbs/09a_classify.ipynb #30e5dce6
 def _joint_card(cards):
     "The card of one model, or one for several that have the same classes: the name says which, the size is the largest"
     if len(cards) == 1: return cards[0]
@@ -241,7 +235,7 @@ def _joint_card(cards):
         if card['classes'] != cards[0]['classes']:
             raise ValueError(f'the models of an ensemble must have the same classes in the same order: {cards[0]["name"]!r} has {", ".join(cards[0]["classes"])}; '
                              f'{card["name"]!r} has {", ".join(card["classes"])}')
-    return dict(name=' + '.join(card['name'] for card in cards), arch='ensemble', classes=list(cards[0]['classes']), 
+    return dict(name=' + '.join(card['name'] for card in cards), arch='ensemble', classes=list(cards[0]['classes']),
                 img_size=max(card['img_size'] for card in cards), models=cards)
 
 # %% ../nbs/09a_classify.ipynb #7ba0d9f3

@@ -8,7 +8,7 @@ __all__ = ['COPY_KINDS', 'NOT_A_FACE', 'ACTIONS', 'FINDING_KINDS', 'plant_copies
            'out_of_fold_probs', 'find_label_issues', 'plant_label_errors', 'ferplus_majority', 'pixel_ids',
            'collect_findings', 'write_findings', 'read_findings', 'apply_findings', 'plot_findings', 'FindingsReviewer']
 
-# %% ../nbs/07a_clean.ipynb #b8e07aca
+# %% ../nbs/07a_clean.ipynb #257a62d4
 import base64, hashlib
 from dataclasses import dataclass, replace
 from html import escape
@@ -24,7 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 from fastcore.basics import patch
 
 from .core import import_cv2, require, write_whole
-from .data import EMOTIONS, FER2013, FERPLUS_CLASSES, Duplicates, FERPlus, find_duplicates
+from .data import FER2013, FERPLUS_CLASSES, Duplicates, FERPlus, find_duplicates
 from .interpret import open_network
 from .recipe import Recipe
 from .train import cross_validate, fold_tables
@@ -123,7 +123,7 @@ def _candidates(faces, neighbors):
             found.append(np.stack([np.minimum(a, b), np.maximum(a, b), np.full(len(a), mirror)], 1)[a != b])
     return np.unique(np.concatenate(found), axis=0)
 
-# %% ../nbs/07a_clean.ipynb #c51747aa
+# %% ../nbs/07a_clean.ipynb #82dda643
 class Match(NamedTuple):
     "How one face lies on another."
     similarity: float  # correlation of the details after alignment, at most 1; 0 where no alignment was found
@@ -142,13 +142,13 @@ def _align(a, b, mirrored):
     cv2 = import_cv2()
     a = np.ascontiguousarray((a[:, ::-1] if mirrored else a)[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN])
     _, found, _, (x, y) = cv2.minMaxLoc(cv2.matchTemplate(b, a, cv2.TM_CCOEFF_NORMED))
-    warp, steps = np.float32([[1, 0, x], [0, 1, y]]), (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-3)
+    warp, steps = np.array([[1, 0, x], [0, 1, y]], np.float32), (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-3)
     similarity = 0.
     if found >= _FLOOR:
         try: similarity, warp = cv2.findTransformECC(a, b, warp, cv2.MOTION_AFFINE, steps, None, 1)
         except cv2.error: pass  # the iteration ran away: there is no map between these two
     if not .5 < np.linalg.det(warp[:, :2]) < 2: similarity = 0.  # a map that shrinks a face to a spot fits anything
-    return Match(float(similarity), bool(mirrored), warp - np.float32([[0, 0, 1], [0, 0, 1]])*(warp[:, :2].sum(1, keepdims=True)*_MARGIN))
+    return Match(float(similarity), bool(mirrored), warp - np.array([[0, 0, 1], [0, 0, 1]], np.float32)*(warp[:, :2].sum(1, keepdims=True)*_MARGIN))
 
 def match_faces(
     a: np.ndarray,  # uint8 [48, 48]
@@ -160,7 +160,7 @@ def match_faces(
     (a,), (b,) = _details(a[None]), _details(b[None])
     return max((_align(a, b, m) for m in (False, True)), key=lambda m: m.similarity)
 
-# %% ../nbs/07a_clean.ipynb #3f51278d
+# %% ../nbs/07a_clean.ipynb #b7fd1de4
 @dataclass(frozen=True)
 class NearDuplicates(Duplicates):
     "Which rows of a table show the same picture as an earlier row: identical, or shifted, cropped, brightened, compressed, mirrored."
@@ -190,7 +190,7 @@ def find_near_duplicates(
     exact = find_duplicates(table)
     rows = np.flatnonzero(~exact.copies & ~_is_flat(table.pixels))
     candidates = _candidates(table.pixels[rows], neighbors) if len(rows) > 1 else np.empty((0, 3), int)
-    details = _details(table.pixels[rows]) if len(rows) else None
+    details = _details(table.pixels[rows]) if len(rows) else np.empty((0, 48, 48), np.float32)
     if progress:
         from rich.progress import track
         candidates = track(candidates, description=f"Comparing {len(candidates):,} pairs")
@@ -247,7 +247,7 @@ def score_not_face(
     mean = edges.mean(0)
     return np.where(_is_flat(faces), 1, 1 - edges @ (mean/max(np.linalg.norm(mean), 1e-6))).astype(np.float32)
 
-# %% ../nbs/07a_clean.ipynb #05f4794d
+# %% ../nbs/07a_clean.ipynb #f28458c6
 def predict_run(
     run,  # folder of a run of `train`
     faces: np.ndarray,  # uint8 [n, 48, 48]
@@ -260,7 +260,7 @@ def out_of_fold_probs(
     table: FER2013,  # all rows
     out,  # folder of the runs, as `cross_validate` fills it
     k: int = 5,  # folds
-    copies: Duplicates = None,  # of `find_near_duplicates` or `find_duplicates`: copies stay together
+    copies: Duplicates | None = None,  # of `find_near_duplicates` or `find_duplicates`: copies stay together
     resume: bool = False,  # go on with runs that were killed, or take finished ones as they are
     **kwargs,  # further arguments of `train`
 ) -> np.ndarray:
@@ -368,7 +368,7 @@ def _copy_findings(table, copies, said):
     row, kind, score, related, action = zip(*found) if found else [()]*5
     return _of_kind(list(kind), np.array(row, int), list(score), related=list(related), action=list(action))
 
-# %% ../nbs/07a_clean.ipynb #6ad4ada7
+# %% ../nbs/07a_clean.ipynb #22cab731
 def _not_face_findings(table, scores, said, threshold):
     "Findings for rows with a high score and for those that voters call not a face."
     voted = said == NOT_A_FACE
@@ -383,12 +383,12 @@ def _label_findings(issues, said, unsettled):
 
 def collect_findings(
     table: FER2013,  # the faces, labels and splits
-    copies: Duplicates = None,  # of `find_near_duplicates` or `find_duplicates`
-    not_face: np.ndarray = None,  # float [n] of `score_not_face`
-    issues: pd.DataFrame = None,  # of `find_label_issues`
-    ferplus: FERPlus = None,  # votes, row for row
+    copies: Duplicates | None = None,  # of `find_near_duplicates` or `find_duplicates`
+    not_face: np.ndarray | None = None,  # float [n] of `score_not_face`
+    issues: pd.DataFrame | None = None,  # of `find_label_issues`
+    ferplus: FERPlus | None = None,  # votes, row for row
     threshold: float = .3,  # score from which a picture is listed as not a face
-    drop_doubted: bool = None,  # propose to drop doubted labels that no majority settles; None: only where there are votes
+    drop_doubted: bool | None = None,  # propose to drop doubted labels that no majority settles; None: only where there are votes
 ) -> pd.DataFrame:
     """All findings, one a line, by kind and then by score, highest first. Give what you have searched for.
 
@@ -413,7 +413,7 @@ def collect_findings(
     order = np.lexsort([found.row, -found.score, [FINDING_KINDS.index(k) for k in found.kind]])
     return found.iloc[order].reset_index(drop=True)[list(_COLUMNS)]
 
-# %% ../nbs/07a_clean.ipynb #80f835df
+# %% ../nbs/07a_clean.ipynb #0c5812b5
 def write_findings(
     findings: pd.DataFrame,  # of `collect_findings`
     path,  # csv file to write
@@ -429,13 +429,15 @@ def read_findings(
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no findings at {path}: expected a csv that write_findings wrote")
     try: found = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False).fillna("")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{path}: cannot be read as csv ({e})") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OverflowError) as e: raise ValueError(f"{path}: cannot be read as csv ({e})") from None
+    if not isinstance(found.index, pd.RangeIndex): raise ValueError(f"{path}, line 2: more cells than line 1 has columns")  # pandas takes the first ones for an index
     missing = [c for c in _COLUMNS if c not in found]
     if missing: raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(found)}. Save it with commas, as it was")
     found = found[(found != "").any(axis=1)]  # lines that were left empty; the others keep their numbers
     found = found.assign(action=found.action.str.strip().str.lower(), new_label=found.new_label.str.strip(), related=found.related.replace("", "-1"))
-    whole = {c: (~found[c].str.fullmatch(r"-?\d+"), c + " must be a whole number, not {" + c + "!r}") for c in ("row", "related", "votes")}
-    for bad, what in (*whole.values(), (pd.to_numeric(found.score, errors="coerce").isna(), "score must be a number, not {score!r}"),
+    whole = {c: (~found[c].str.fullmatch(r"-?[0-9]{1,18}"), c + " must be a whole number, not {" + c + "!r}") for c in ("row", "related", "votes")}
+    torn = found.apply(lambda column: column.str.contains("[\r\n]")).any(axis=1)  # by itself "\r" would not be quoted when it is written again
+    for bad, what in ((torn, "a line break inside a cell"), *whole.values(), (~np.isfinite(pd.to_numeric(found.score, errors="coerce").astype(float)), "score must be a number, not {score!r}"),
                       (~found.kind.isin(FINDING_KINDS), "unknown kind {kind!r}: expected one of " + ", ".join(FINDING_KINDS)),
                       (~found.action.isin(ACTIONS), "unknown action {action!r}: expected " + ", ".join(ACTIONS)),
                       ((found.action == "relabel") & (found.new_label == ""), "relabel needs a class in new_label")):
@@ -517,7 +519,7 @@ def plot_findings(
         ax.set_title("\n".join([*lines, f"{f.action} {f.new_label}"]), fontsize=5.5, pad=2)
     return axs
 
-# %% ../nbs/07a_clean.ipynb #29517c31
+# %% ../nbs/07a_clean.ipynb #947e8305
 def _png(face, scale=3):
     "A face as the bytes of a larger png."
     cv2 = import_cv2()
@@ -538,9 +540,9 @@ class FindingsReviewer:
     def __init__(self,
         table: FER2013,  # the table that was searched
         path,  # csv of `write_findings`; decisions are written into it
-        probs: np.ndarray = None,  # float [n, classes] of `out_of_fold_probs`, shown beside the label
+        probs: np.ndarray | None = None,  # float [n, classes] of `out_of_fold_probs`, shown beside the label
         kinds: tuple = FINDING_KINDS,  # which findings
-        labels: tuple = None,  # only rows that are labelled so; None: all
+        labels: tuple | None = None,  # only rows that are labelled so; None: all
         batch: int = 12,  # cards on a page
     ):
         if batch < 1 or not set(kinds) <= set(FINDING_KINDS): raise ValueError(f"batch={batch}, kinds={kinds}: expected at least one card, and kinds among {', '.join(FINDING_KINDS)}")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMOTIONS', 'UNCERTAIN', 'Box', 'Prediction', 'expect_error', 'read_image', 'require', 'import_cv2',
-           'import_onnxruntime', 'write_whole', 'sample_portrait']
+           'import_onnxruntime', 'write_whole', 'spare_path', 'read_checked', 'sample_portrait']
 
-# %% ../nbs/00_core.ipynb #8fa7fa36
-import io, os
+# %% ../nbs/00_core.ipynb #a78e35d1
+import errno, hashlib, io, os, stat
 import secrets
 import threading
 from contextlib import contextmanager
@@ -69,17 +69,18 @@ class Prediction:
 
     def __repr__(self): return f'Prediction({self})'
 
-# %% ../nbs/00_core.ipynb #d41aba5d
+# %% ../nbs/00_core.ipynb #0c9e1393
 @contextmanager
 def expect_error(*exceptions): # the exception classes that may come (default: ValueError)
     "Print the error that the block raises, as `ValueError: message`; fail with an AssertionError if it raises none of them"
+    expected = exceptions or (ValueError,)
     try: yield
-    except (exceptions or ValueError) as e: print(f'{type(e).__name__}: {e}')
+    except expected as e: print(f'{type(e).__name__}: {e}')
     else:
         names = ', '.join(e.__name__ for e in exceptions) or 'ValueError'
         raise AssertionError(f'the block raised nothing; expected {names}')
 
-# %% ../nbs/00_core.ipynb #be26ed5c
+# %% ../nbs/00_core.ipynb #e60924af
 def _to_8bit(arr, what):
     "Scale a 16-bit or float [h, w] array to uint8"
     lo, hi = (float(arr.min()), float(arr.max()))
@@ -88,29 +89,44 @@ def _to_8bit(arr, what):
     if not 0 <= lo <= hi <= top: # also False for NaN
         raise ValueError(f'{what} has pixel values from {lo:g} to {hi:g}; expected 0..65535 in integers, or 0..1 or 0..255 in floats. '
                          'Scale it to 8 bits first')
-    return (arr * (255. / top) + .5).astype(np.uint8)
+    return _in_parts(lambda part: part * (255. / top) + .5, arr.reshape(-1), np.empty(arr.shape, np.uint8))
+
+def _in_parts(change, pixels, out, n=1 << 20):
+    "Fill `out` with what `change` makes of the pixels, a million at a time: floats of a whole picture would need many times its memory"
+    flat = out.reshape(len(pixels), -1) if pixels.ndim > 1 else out.reshape(-1)
+    for i in range(0, len(pixels), n): flat[i:i + n] = change(pixels[i:i + n])
+    return out
 
 def _over_white(rgba):
     "Lay a uint8 [h, w, 4] array on a white ground -> uint8 [h, w, 3]"
-    alpha = rgba[..., 3:].astype(np.uint16)
-    if alpha.min() == 255: return np.ascontiguousarray(rgba[..., :3])
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    if rgba[..., 3].min() == 255: return np.ascontiguousarray(rgba[..., :3])
+    def lay(part):
+        alpha = part[:, 3:].astype(np.uint16)
+        return (part[:, :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return _in_parts(lay, rgba.reshape(-1, 4), np.empty((*rgba.shape[:2], 3), np.uint8))
 
-# %% ../nbs/00_core.ipynb #6c8fce4e
+# %% ../nbs/00_core.ipynb #ed9b1342
 def _pil_to_rgb(img, what):
     "The pixels of a PIL image, in whatever mode, as a writable uint8 [h, w, 3]"
     if img.mode.startswith('I') or img.mode == 'F':
         arr = _to_8bit(np.asarray(img), what)
         return np.repeat(arr[..., None], 3, axis=2)
     if img.mode == 'La': img = img.convert('LA') # Pillow converts it no other way
-    if img.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in img.info: return _over_white(np.asarray(img.convert('RGBA')))
+    if img.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in img.info: return _over_white(np.asarray(img if img.mode == 'RGBA' else img.convert('RGBA')))
     return np.array(img if img.mode == 'RGB' else img.convert('RGB'))
 
-# %% ../nbs/00_core.ipynb #687b71b6
+# %% ../nbs/00_core.ipynb #93bcefc4
+def _damage():
+    "What Pillow raises on damaged data, kind by kind as fuzzing met them"
+    import struct, zlib
+    from PIL.Image import DecompressionBombError, DecompressionBombWarning
+    return (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+            struct.error, zlib.error, DecompressionBombError, DecompressionBombWarning)
+
 def _orientation(img):
     "The EXIF orientation of a PIL image, 1 to 8; 1 (upright) where there is none or it cannot be read"
     try: value = img.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError): return 1
+    except _damage(): return 1
     return value if value in range(1, 9) else 1
 
 def _upright(arr, orientation):
@@ -120,15 +136,19 @@ def _upright(arr, orientation):
     if orientation in (2, 3, 6, 7): arr = arr[:, ::-1]
     return np.ascontiguousarray(arr)
 
-# %% ../nbs/00_core.ipynb #45da4a1a
+# %% ../nbs/00_core.ipynb #1b6ab548
 _pil_lock = threading.Lock()
 
+class _Limit(int):
+    "Pillow raises beyond twice its limit, and beyond it warns, which this number keeps it from: the size is checked here anyway"
+    def __lt__(self, other): return False
+
 @contextmanager
-def _without_pil_limit():
-    "Pillow's size limit is one global number: lift it for a moment, one thread at a time"
+def _pil_limit(max_pixels):
+    "Pillow's size limit is one global number: make it ours for a moment, one thread at a time"
     from PIL import Image
     with _pil_lock:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, _Limit(max_pixels)
         try: yield before
         finally: Image.MAX_IMAGE_PIXELS = before
 
@@ -138,30 +158,32 @@ def _check_size(width, height, max_pixels, what):
         raise ValueError(f'{what} is {width} x {height} = {width * height:,} pixels, more than max_pixels={max_pixels:,}. '
                          f'If you trust it, pass read_image(source, max_pixels={width * height}) and go on with that array')
 
-# %% ../nbs/00_core.ipynb #cc2cc017
+# %% ../nbs/00_core.ipynb #88d66dd9
+_PROGRAMS = {'EPS': 'PostScript', 'WMF': 'a Windows metafile'} # what Pillow has others run
 _load_locks = tuple(threading.Lock() for _ in range(16)) # two threads must not load one PIL image at the same time; a few locks do for all images
 
 def _decode(file, max_pixels, what):
     "An open binary file, or a PIL image -> uint8 [h, w, 3], upright"
-    import struct, zlib
     from PIL import Image, UnidentifiedImageError
-    broken = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, 
-              OverflowError, NotImplementedError, MemoryError, struct.error, zlib.error)
+    broken = _damage()
     try:
         if isinstance(file, Image.Image): img = file
-        else: 
-            with _without_pil_limit() as limit: img = Image.open(file)
+        else:
+            with _pil_limit(max_pixels) as limit: img = Image.open(file)
     except UnidentifiedImageError:
         raise ValueError(f'{what} is not an image that Pillow can read. Expected a JPEG, PNG, WebP, GIF, TIFF or BMP file, '
                          'or another format that Pillow knows (HEIC photos of phones have to be converted); check that it is what its name says') from None
+    except Image.DecompressionBombError as e: raise ValueError(f'{what} has more pixels than max_pixels={max_pixels:,} ({e}). If you trust it, pass read_image a larger max_pixels') from None
     except broken as e: raise ValueError(f'{what} has a broken header ({e}): save or download it again') from None
+    if img.format in _PROGRAMS: raise ValueError(f'{what} is {_PROGRAMS[img.format]}, not an image but a program that draws one, and nothing is run here: save it as PNG')
     _check_size(*img.size, max_pixels, what)
     try:
         with _load_locks[id(img) // 64 % len(_load_locks)]:
-            if img is not file and limit is not None and img.width * img.height > limit: 
-                with _without_pil_limit(): img.load()
+            if img is not file and limit is not None and img.width * img.height > limit:
+                with _pil_limit(max_pixels): img.load()
             else: img.load()
     except broken as e: raise ValueError(f'{what} is truncated or damaged ({e}): save or download it again') from None
+    _check_size(*img.size, max_pixels, what)
     return _upright(_pil_to_rgb(img, what), _orientation(img))
 
 # %% ../nbs/00_core.ipynb #db2b0892
@@ -180,12 +202,14 @@ def _check_array(arr):
     if arr.shape[2] == 4: return _over_white(arr)
     return np.ascontiguousarray(arr)
 
-# %% ../nbs/00_core.ipynb #95b456d7
+# %% ../nbs/00_core.ipynb #93e00361
 def _read_file(path, max_pixels):
     if str(path).startswith(('http://', 'https://')):
         raise ValueError(f'{path} is a web address, and nothing is downloaded here: save the picture and pass its path or its bytes')
     path = Path(path)
-    try: file = open(path, 'rb')
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir(): raise ValueError('it is a pipe or a device, so read it and pass the bytes') # opening a pipe may wait for ever
+        file = open(path, 'rb')
     except FileNotFoundError: raise FileNotFoundError(f'there is no file {str(path)!r}') from None
     except (IsADirectoryError, PermissionError) as e:
         if path.is_dir(): raise ValueError(f'{str(path)!r} is a folder: pass one of the image files in it') from None
@@ -229,7 +253,7 @@ def require(
         problem = 'is not installed' if getattr(e, 'name', None) == top else f'cannot be imported ({e})'
         raise ImportError(f'{top} {problem}; it comes with: pip install "fer_nbdev[{extra}]"', name=top) from e
 
-# %% ../nbs/00_core.ipynb #6741d6d2
+# %% ../nbs/00_core.ipynb #b4a207e2
 def import_cv2(): # the module `cv2`
     "Import OpenCV on first use, or raise an `ImportError` that says which system packages to install"
     try: import cv2
@@ -241,27 +265,70 @@ def import_cv2(): # the module `cv2`
         raise ImportError(f'OpenCV cannot be imported ({e}): pip install "opencv-python<5"', name='cv2') from e
     return cv2
 
-# %% ../nbs/00_core.ipynb #7309a0a8
 def import_onnxruntime(): # the module `onnxruntime`
     "Import ONNX Runtime on first use with its telemetry switched off (`ORT_DISABLE_TELEMETRY`)"
     os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     import onnxruntime
     return onnxruntime
 
-# %% ../nbs/00_core.ipynb #d14a8aeb
+# %% ../nbs/00_core.ipynb #6fee2537
+def _check_target(path):
+    "Raise unless a file may be renamed onto `path`"
+    if path.is_dir(): raise ValueError(f'{str(path)!r} is a folder, expected the path of a file')
+    if path.exists() and not path.is_file(): raise ValueError(f'{str(path)!r} is a device or a pipe, expected the path of a file: a whole file would take its place')
+    if path.exists() and not os.access(path, os.W_OK): raise PermissionError(errno.EACCES, 'the file is write-protected', str(path))
+
+def _to_disk(path):
+    "Wait until what was written to a file is on the disk; file systems that cannot say so are taken at their word"
+    with open(path, 'rb+') as file:
+        try: os.fsync(file.fileno())
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS): raise
+
 @contextmanager
 def write_whole(
     path, # the file to write; its folder is made if it is not there
 ): # the temporary path to write to, in the same folder and with the same suffix
-    "Write a file whole or not at all: yields a temporary path, renames it onto `path` on success and removes it on error"
+    """Write a file whole or not at all: yields a temporary path, renames it onto `path` on success and removes it on error.
+
+    Raises `ValueError` where `path` is a folder, a device or a pipe, and `OSError` that names it where it cannot be written, as on a full disk."""
     path = Path(os.path.realpath(path))
-    if path.is_dir(): raise ValueError(f'{str(path)!r} is a folder, expected the path of a file')
+    _check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f'.{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}')
+    temp = path.with_name(f'.{path.stem[:60]}.{secrets.token_hex(4)}.tmp{path.suffix}')
     try:
         yield temp
+        _to_disk(temp)
         os.replace(temp, path)
+    except OSError as e:
+        if e.filename == str(temp) or e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS): e.filename = str(path)
+        raise
     finally: temp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #3e35b845
+def spare_path(
+    path, # a file that another one vouches for
+    sha256: str, # of its new contents
+) -> Path: # a hidden file in the same folder
+    "Where the new contents of a file wait until what vouches for them is in place"
+    path = Path(path)
+    return path.with_name(f'.{path.stem}.{sha256[:16]}{path.suffix}')
+
+def read_checked(
+    path, # the file to read
+    sha256: str, # that it must have
+) -> bytes: # its contents
+    "A file with the given SHA-256, or else the spare one with that sum. Raises `FileNotFoundError` where it is missing, and `ValueError` for another sum."
+    path, sha256 = Path(path), str(sha256)
+    spare, found = spare_path(path, sha256) if sha256.isalnum() else path, {}
+    for file in (path, spare, path): # a third look, because the spare one may just have moved into place
+        if file.is_file():
+            data = file.read_bytes()
+            found[file] = hashlib.sha256(data).hexdigest()
+            if found[file] == sha256: return data
+    if path not in found: raise FileNotFoundError(f'the folder {str(path.parent)!r} has no {path.name}, which its card lists: copy the whole folder')
+    raise ValueError(f'{str(path)!r} is not the file that the card describes: its sha256 is {found[path][:12]}…, '
+                     f'the card says {sha256[:12]}…. It was altered, or only half copied: export or copy the folder again')
 
 # %% ../nbs/00_core.ipynb #7c1947a4
 def sample_portrait() -> Path: # the path of a 512 x 600 JPEG

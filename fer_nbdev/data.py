@@ -7,10 +7,12 @@ __all__ = ['USAGES', 'IMAGE_SUFFIXES', 'FERPLUS_CLASSES', 'split_names', 'FER201
            'synthetic_faces', 'class_counts', 'plot_class_counts', 'plot_faces', 'read_fer2013', 'to_folders',
            'Duplicates', 'find_duplicates', 'FERPlus', 'read_ferplus', 'soft_labels']
 
-# %% ../nbs/01_data.ipynb #1160b8a7
-import gzip, hashlib, lzma, warnings, zipfile
+# %% ../nbs/01_data.ipynb #81ef4b7c
+import gzip, hashlib, lzma, os, secrets, shutil, warnings, zipfile, zlib
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def split_names(
     if unknown: raise ValueError(f"unknown split {unknown[0]!r}: expected one of {', '.join(USAGES)}, or several of them joined by +")
     return tuple(dict.fromkeys(known[part.lower()] for part in parts))
 
-# %% ../nbs/01_data.ipynb #d3658452
+# %% ../nbs/01_data.ipynb #26c5d992
 @dataclass(frozen=True, eq=False)
 class FER2013:
     "Faces, labels and splits of a FER2013-like data set: arrays of one length, and the class names."
@@ -40,12 +42,13 @@ class FER2013:
     usage: np.ndarray  # str [n], one of `USAGES`
     classes: tuple = EMOTIONS  # class names, in the order of the labels
     source: str = ""  # where the rows came from
-    soft: np.ndarray = None  # float32 [n, k], each row the votes' shares of the k classes; None: there is only the label
+    soft: np.ndarray | None = None  # float32 [n, k], each row the votes' shares of the k classes; None: there is only the label
 
     def __post_init__(self):
         n = len(self.pixels)
         if not n == len(self.emotion) == len(self.usage):
             raise ValueError(f"pixels, emotion and usage must have one length, not {n}, {len(self.emotion)} and {len(self.usage)}")
+        if np.asarray(self.usage).dtype.kind == "U": object.__setattr__(self, "usage", np.asarray(self.usage).astype(np.result_type(self.usage, "<U11")))  # room for every split, or numpy would cut a longer name put in place of "Training"
         if self.soft is None: return
         if np.shape(self.soft) != (n, len(self.classes)):
             raise ValueError(f"soft must be [rows, classes], here {(n, len(self.classes))}, not {np.shape(self.soft)}")
@@ -167,7 +170,7 @@ def synthetic_faces(
     pixels = np.stack([_draw_face(rng, EMOTIONS[e]) for e in emotion])
     return FER2013(pixels, emotion, usage, EMOTIONS, f"synthetic_faces(n={n}, seed={seed})")
 
-# %% ../nbs/01_data.ipynb #bc8179aa
+# %% ../nbs/01_data.ipynb #6912f927
 def class_counts(
     table: FER2013,  # the faces, labels and splits
 ) -> dict:
@@ -192,7 +195,7 @@ def plot_class_counts(
 def plot_faces(
     table: FER2013,  # the faces, labels and splits
     n: int = 21,  # how many faces
-    seed: int = None,  # draw them at random with this seed; None takes the first ones
+    seed: int | None = None,  # draw them at random with this seed; None takes the first ones
     cols: int = 7,  # faces in a row
 ):
     "A grid of faces with their labels. Returns the Axes as an array."
@@ -208,7 +211,7 @@ def plot_faces(
     plt.tight_layout(pad=.3)
     return axs
 
-# %% ../nbs/01_data.ipynb #e8b46467
+# %% ../nbs/01_data.ipynb #3fc44f37
 _SIDE = 48
 _N_PIXELS = _SIDE * _SIDE
 
@@ -216,7 +219,7 @@ def _parse_pixels(text):
     "All numbers of `text` (bytes), or None where something in it is not a number."
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
-        try: return np.fromstring(text.decode("latin-1"), dtype=np.int32, sep=" ")
+        try: return None if b"+" in text or b"-" in text else np.fromstring(text.decode("latin-1"), dtype=np.int64, sep=" ")  # 64 bits, since 32 wrap round
         except (DeprecationWarning, ValueError): return None
 
 def _parse_block(fields, lines, name):
@@ -227,16 +230,20 @@ def _parse_block(fields, lines, name):
     rows = [_parse_row(f, i, name) for f, i in zip(fields, lines)]
     return np.stack(rows)
 
+def _is_small(word, most):
+    "Whether `word` (bytes) is a whole number from 0 to `most`; Python refuses to read numbers of thousands of digits."
+    return word.isdigit() and len(word) < 20 and int(word) <= most
+
 def _parse_row(field, line, name):
     "uint8 [48, 48] of one pixel field, or a ValueError that says what is wrong with it."
     words = field.split()
     if len(words) != _N_PIXELS: raise ValueError(f"{name}, line {line}: expected {_N_PIXELS} pixels (48x48), found {len(words)}")
     for w in words:
-        if not w.isdigit() or int(w) > 255:
-            raise ValueError(f"{name}, line {line}: pixel {w.decode('latin-1')!r} is not a whole number from 0 to 255")
+        if not _is_small(w, 255):
+            raise ValueError(f"{name}, line {line}: pixel {w[:40].decode('latin-1')!r} is not a whole number from 0 to 255")
     return np.array(words, np.int32).astype(np.uint8).reshape(_SIDE, _SIDE)
 
-# %% ../nbs/01_data.ipynb #d0654ef1
+# %% ../nbs/01_data.ipynb #ebe222fc
 def _open_csv(path):
     "The csv behind `path` as a binary stream, decompressed on the fly."
     suffix = path.suffix.lower()
@@ -252,10 +259,10 @@ def _csv_columns(header, name):
     "Position of emotion, pixels and usage in the header line."
     columns = [c.strip().strip('"').lower() for c in header.decode("utf-8-sig", "replace").split(",")]
     missing = [c for c in ("emotion", "pixels", "usage") if c not in columns]
-    if missing: raise ValueError(f"{name}, line 1: no column {', '.join(missing)}; found {columns}; expected emotion, pixels and Usage")
+    if missing: raise ValueError(f"{name}, line 1: no column {', '.join(missing)}; found {', '.join(columns)[:200]}; expected emotion, pixels and Usage")
     return [columns.index(c) for c in ("emotion", "pixels", "usage")]
 
-# %% ../nbs/01_data.ipynb #d3ae55b1
+# %% ../nbs/01_data.ipynb #970299c6
 _USAGE_CODE = {u.lower().encode(): i for i, u in enumerate(USAGES)}
 
 def _split_line(line, number, where, n_columns, name):
@@ -263,57 +270,72 @@ def _split_line(line, number, where, n_columns, name):
     cells = [c.strip(b' \t\r\n"') for c in line.split(b",")]
     if len(cells) != n_columns: raise ValueError(f"{name}, line {number}: expected {n_columns} columns, found {len(cells)}")
     emotion, pixels, usage = (cells[i] for i in where)
-    if not emotion.isdigit() or int(emotion) >= len(EMOTIONS):
+    if not _is_small(emotion, len(EMOTIONS) - 1):
         known = ", ".join(f"{i} {e}" for i, e in enumerate(EMOTIONS))
-        raise ValueError(f"{name}, line {number}: unknown emotion {emotion.decode('latin-1')!r}; expected {known}")
+        raise ValueError(f"{name}, line {number}: unknown emotion {emotion[:40].decode('latin-1')!r}; expected {known}")
     if usage.lower() not in _USAGE_CODE:
-        raise ValueError(f"{name}, line {number}: unknown Usage {usage.decode('latin-1')!r}; expected one of {', '.join(USAGES)}")
+        raise ValueError(f"{name}, line {number}: unknown Usage {usage[:40].decode('latin-1')!r}; expected one of {', '.join(USAGES)}")
     return int(emotion), pixels, _USAGE_CODE[usage.lower()]
 
+_DAMAGED = (EOFError, RuntimeError, OSError, MemoryError, UnicodeDecodeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)  # what unpacking raises
+
+def _read_lines(f, number, path, block_bytes):
+    "Lines of a csv, about a block of them, [(number, line)] without empty ones; [] at its end. A file that unpacks to endless lines, or to nothing but empty ones, is refused."
+    lines, size = [], 0
+    while size < block_bytes and (line := f.readline(_LONGEST)):
+        lines.append(line); size += len(line)
+        if len(line) == _LONGEST: raise ValueError(f"{path}, line {number + len(lines)}: longer than {_LONGEST:,} bytes; expected {_N_PIXELS} pixels, a label and a split")
+    numbered = [(i, line) for i, line in enumerate(lines, number + 1) if line.strip()]
+    if lines and not numbered and size >= block_bytes: raise ValueError(f"{path}, line {number + 1}: thousands of empty lines begin here")
+    return numbered, number + len(lines)
+
+_LONGEST = 1 << 16  # bytes of a line; a row of 48x48 pixels has at most 9,300
+
+# %% ../nbs/01_data.ipynb #cbb90568
 def _read_csv(path, block_bytes=4 << 20):
     "The csv at `path` as three uint8 arrays: pixels [n,48,48], emotion [n], usage code [n]."
     pixels, emotion, usage, number = [], [], [], 1
     try:
         with _open_csv(path) as f:
-            header = f.readline(1 << 16)
+            header = f.readline(_LONGEST)
             where, n_columns = _csv_columns(header, path), header.count(b",") + 1
-            while lines := f.readlines(block_bytes):
-                numbered = [(i, l) for i, l in enumerate(lines, number + 1) if l.strip()]
-                rows = [_split_line(l, i, where, n_columns, path) for i, l in numbered]
-                number += len(lines)
-                if not rows: continue
+            while (block := _read_lines(f, number, path, block_bytes))[0]:
+                numbered, number = block
+                rows = [_split_line(line, i, where, n_columns, path) for i, line in numbered]
                 pixels.append(_parse_block([r[1] for r in rows], [i for i, _ in numbered], path))
                 emotion += [r[0] for r in rows]
                 usage += [r[2] for r in rows]
-    except (EOFError, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile) as e:
+    except _DAMAGED as e:
+        if isinstance(e, OSError) and e.filename is not None or path.suffix.lower() not in (".gz", ".xz", ".zip"): raise  # about the file itself: no permission, say
         raise ValueError(f"{path}: damaged or truncated archive ({e}); download it again") from e
     if not pixels: raise ValueError(f"{path}: no rows after the header")
     return np.concatenate(pixels), np.array(emotion, np.uint8), np.array(usage, np.uint8)
 
-# %% ../nbs/01_data.ipynb #eec7adb6
+# %% ../nbs/01_data.ipynb #ba1c3a3a
 def _cache_path(path): return path.with_name(path.name + ".npy")
 
-def _cache_key(path):
+def _cache_key(path, arrays):
+    "uint8 [32]: the digest of a source and of what was read from it, uint8 [m]."
     s = path.stat()
-    return np.frombuffer(hashlib.sha256(f"1 {s.st_size} {s.st_mtime_ns}".encode()).digest(), np.uint8)
+    return np.frombuffer(hashlib.sha256(f"2 {s.st_size} {s.st_mtime_ns} {zlib.crc32(arrays)}".encode()).digest(), np.uint8)
 
 def _load_cache(path):
     "The three arrays of `_read_csv` from the cache beside `path`, or None where it is missing, stale or damaged."
-    try: flat = np.load(_cache_path(path), allow_pickle=False)
-    except (OSError, ValueError, EOFError): return None
-    n = (len(flat) - 32) // (_N_PIXELS + 2) if flat.ndim == 1 else 0
-    if n < 1 or not np.array_equal(flat[-32:], _cache_key(path)): return None
-    pixels, emotion, usage = np.split(flat[:-32], [n*_N_PIXELS, n*(_N_PIXELS+1)])
+    try: data = np.fromfile(_cache_path(path), np.uint8)
+    except OSError: return None
+    n, header = divmod(len(data) - 32, _N_PIXELS + 2)  # before the rows stands numpy's own header
+    if n < 1 or not np.array_equal(data[-32:], _cache_key(path, flat := data[header:-32])): return None
+    pixels, emotion, usage = np.split(flat, [n*_N_PIXELS, n*(_N_PIXELS+1)])
     return pixels.reshape(n, _SIDE, _SIDE), emotion, usage
 
 def _save_cache(path, arrays):
     "Write the cache beside `path`; where that folder cannot be written, warn and go on without."
+    flat = np.concatenate([a.ravel() for a in arrays])
     try:
-        with write_whole(_cache_path(path)) as tmp, open(tmp, "wb") as f:
-            np.save(f, np.concatenate([a.ravel() for a in arrays] + [_cache_key(path)]))
-    except OSError as e: warnings.warn(f"no cache beside {path} ({e}): reading it will take as long next time")
+        with write_whole(_cache_path(path)) as tmp, open(tmp, "wb") as f: np.save(f, np.concatenate([flat, _cache_key(path, flat)]))
+    except (OSError, ValueError) as e: warnings.warn(f"no cache beside {path} ({e}): reading it will take as long next time", stacklevel=3)
 
-# %% ../nbs/01_data.ipynb #8ea7d3ce
+# %% ../nbs/01_data.ipynb #ae2f0e95
 _SYNONYMS = dict(angry="anger", disgust="disgusted", fear="fearful scared afraid", happy="happiness joy", sad="sadness",
                  surprise="surprised", neutral="calm")
 _CLASS_OF = {w: e for e, ws in _SYNONYMS.items() for w in (e, *ws.split())} | {str(i): e for i, e in enumerate(EMOTIONS)}
@@ -345,15 +367,15 @@ def _read_folders(root):
     "pixels, emotion, usage code and classes of the class folders under `root`; images are decoded on all cores."
     folders = _class_folders(root)
     classes = tuple(e for e in EMOTIONS if e in {c for c, _, _ in folders})
-    items = [(p, classes.index(c), u) for c, u, d in folders for p in sorted(d.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+    items = [(p, classes.index(c), u) for c, u, d in folders for p in sorted(d.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]  # hidden: notes of a Mac, leftovers
     if not items: raise ValueError(f"{root}: the class folders hold no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     with ThreadPoolExecutor() as pool: pixels = np.stack(list(pool.map(_read_face, [p for p, _, _ in items])))
     return pixels, np.array([e for _, e, _ in items]), np.array([u for _, _, u in items]), classes
 
-# %% ../nbs/01_data.ipynb #f3198236
+# %% ../nbs/01_data.ipynb #564d69d3
 def read_fer2013(
     source,  # challenge csv, icml csv, either as .gz, .xz or .zip, or a folder of class folders
-    classes: tuple = None,  # keep only these emotions, in this order; None keeps all that are there
+    classes: tuple | None = None,  # keep only these emotions, in this order; None keeps all that are there
     cache: bool = True,  # keep the parsed csv beside it as `<name>.npy`
 ) -> FER2013:
     """FER2013 from whatever layout it was downloaded in.
@@ -374,8 +396,21 @@ def read_fer2013(
     table = FER2013(pixels, emotion.astype(np.int64), np.array(USAGES)[usage], found, str(source))
     return table if classes is None else select_classes(table, classes)
 
-# %% ../nbs/01_data.ipynb #eb9a7ca3
+# %% ../nbs/01_data.ipynb #7c3f4fed
 _FOLDER_OF = dict(Training="train", PublicTest="val", PrivateTest="test")
+
+@contextmanager
+def _whole_folder(out):
+    "A hidden folder to write into, whose contents become those of `out`, which is missing or empty; on error it is removed."
+    there = out.exists()
+    temp = (out if there else out.parent)/f".{out.name[:60]}.{secrets.token_hex(4)}.tmp"
+    temp.mkdir(parents=True)
+    try:
+        yield temp
+        if not there: os.rename(temp, out)
+        else:  # it may be a mount point, which nothing can be renamed onto
+            for part in sorted(temp.iterdir()): os.rename(part, out/part.name)
+    finally: shutil.rmtree(temp, ignore_errors=True)
 
 def to_folders(
     table: FER2013,  # the faces, labels and splits
@@ -386,17 +421,17 @@ def to_folders(
     "Write every face as `<train|val|test>/<class>/<Usage>_<row>.png`. Returns the folder."
     cv2, out = import_cv2(), Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} is not an empty folder: choose another, or empty it first")
-    folders = [out / ("test" if merge_test and u != "Training" else _FOLDER_OF[u]) / table.classes[e] for u, e in zip(table.usage, table.emotion)]
-    for d in set(folders): d.mkdir(parents=True, exist_ok=True)
-    rows = range(len(table))
+    names = [Path("test" if merge_test and u != "Training" else _FOLDER_OF[u], table.classes[e]) for u, e in zip(table.usage, table.emotion)]
+    rows: Iterable[int] = range(len(table))
     if progress:
         from rich.progress import track
         rows = track(rows, description=f"Writing {len(table):,} faces")
-    for i in rows:
-        path = folders[i] / f"{table.usage[i]}_{i:05d}.png"
-        ok, png = cv2.imencode(".png", table.pixels[i])
-        if not ok: raise ValueError(f"OpenCV could not encode row {i} as png")
-        path.write_bytes(png.tobytes())
+    with _whole_folder(out) as temp:
+        for d in set(names): (temp/d).mkdir(parents=True)
+        for i in rows:
+            ok, png = cv2.imencode(".png", table.pixels[i])
+            if not ok: raise ValueError(f"OpenCV could not encode row {i} as png")
+            (temp/names[i]/f"{table.usage[i]}_{i:05d}.png").write_bytes(png.tobytes())
     return out
 
 # %% ../nbs/01_data.ipynb #d0d428a4
@@ -439,7 +474,7 @@ def find_duplicates(
     first = np.array([seen.setdefault(p.tobytes(), i) for i, p in enumerate(table.pixels)], dtype=np.int64)
     return Duplicates(first, table.emotion, table.usage)
 
-# %% ../nbs/01_data.ipynb #495353a4
+# %% ../nbs/01_data.ipynb #4c38ca40
 FERPLUS_CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt", "unknown", "NF")
 
 @dataclass(frozen=True, eq=False)
@@ -461,15 +496,17 @@ def read_ferplus(
     "Read the votes of FER+. Raises `FileNotFoundError`, or `ValueError` naming the line, as `read_fer2013` does."
     path = Path(source).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no FER+ votes at {path}: expected fer2013new.csv of microsoft/FERPlus")
-    header, *lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try: header, *lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+    except UnicodeDecodeError as e: raise ValueError(f"{path}: not a text file in UTF-8 ({e})") from None
     expected = ["Usage", "Image name", *FERPLUS_CLASSES]
-    if header.strip().split(",") != expected: raise ValueError(f"{path}, line 1: expected the columns {','.join(expected)}, found {header!r}")
+    if header.strip().split(",") != expected: raise ValueError(f"{path}, line 1: expected the columns {','.join(expected)}, found {header[:200]!r}")
     votes, usage, dropped = [], [], []
     for number, line in enumerate(lines, 2):
-        u, name, *counts = line.strip().split(",")
-        if len(counts) != len(FERPLUS_CLASSES) or not all(c.isdigit() and int(c) <= 10 for c in counts) or u not in USAGES:
-            raise ValueError(f"{path}, line {number}: expected a usage, a name and ten vote counts of 0 to 10, found {line!r}")
-        votes.append([int(c) for c in counts]); usage.append(u); dropped.append(not name)
+        cells = line.strip().split(",")
+        if len(cells) != len(expected) or cells[0] not in USAGES or not all(_is_small(c.encode(), 10) for c in cells[2:]):
+            raise ValueError(f"{path}, line {number}: expected a usage, a name and ten vote counts of 0 to 10, found {line[:200]!r}")
+        votes.append([int(c) for c in cells[2:]]); usage.append(cells[0]); dropped.append(not cells[1])
+    if not votes: raise ValueError(f"{path}: no rows after the header")
     return FERPlus(np.array(votes, np.uint8), np.array(usage), np.array(dropped))
 
 # %% ../nbs/01_data.ipynb #95a15dbf

@@ -15,14 +15,14 @@ import numpy as np
 
 from .core import Box, import_cv2, read_image, write_whole
 
-# %% ../nbs/09_detect.ipynb #49994720
+# %% ../nbs/09_detect.ipynb #35e4645b
 _local = threading.local() # what each thread keeps for itself: its cascade, its YuNet
 
 def _haar():
     "The frontal face cascade of this thread"
     if not hasattr(_local, 'haar'):
         cv2 = import_cv2()
-        if not hasattr(cv2, 'CascadeClassifier'): 
+        if not hasattr(cv2, 'CascadeClassifier'):
             raise ImportError(f'OpenCV {cv2.__version__} has no Haar cascades: pip install "opencv-python<5"')
         _local.haar = cv2.CascadeClassifier(os.path.join(cv2.data.haarcascades, 'haarcascade_frontalface_alt2.xml'))
     return _local.haar
@@ -37,7 +37,7 @@ def _search_side(height, width, min_size=None, max_side=None):
     if min_size is not None: side = max(side, longest * _WINDOW / min_size)
     return min(side, max(480, longest))
 
-# %% ../nbs/09_detect.ipynb #739edeec
+# %% ../nbs/09_detect.ipynb #74ae9499
 def _candidates(gray, window, border, scale_factor, most=44):
     "Squares x, y, side from `window` pixels on that one hit of Haar takes for a face, in a picture with a border"
     cv2, inset, found = import_cv2(), max(0, border - 9), [] # a small window needs only a narrow border
@@ -48,9 +48,10 @@ def _candidates(gray, window, border, scale_factor, most=44):
     half = cv2.resize(gray, [max(1, length // 2) for length in gray.shape[::-1]], interpolation=cv2.INTER_AREA)
     return found + [(2 * x, 2 * y, 2 * side) for x, y, side, _ in look(half, max(_WINDOW, window // 2))]
 
-def _look_again(gray, x, y, side, min_neighbors, face=48):
+def _look_again(gray, xys, min_neighbors, face=48):
     "Search around a candidate of Haar, enlarged or shrunk to `face` pixels -> its box x, y, side, or None if it is not confirmed"
-    cv2, margin = import_cv2(), .3 * side
+    cv2, (x, y, side) = import_cv2(), xys
+    margin = .3 * side
     left, top = int(max(0, x - margin)), int(max(0, y - margin))
     around = gray[top:int(y + side + margin), left:int(x + side + margin)]
     scale = face / side
@@ -65,16 +66,16 @@ def _find_haar(image, min_size=None, max_side=None, scale_factor=1.15, min_neigh
     "Viola-Jones by OpenCV: an RGB array -> float [n, 4], possibly beyond the edges, and None for the eyes"
     cv2 = import_cv2()
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    scale = min(1., _search_side(*gray.shape, min_size, max_side) / max(gray.shape))
+    scale = min(1., _search_side(gray.shape[0], gray.shape[1], min_size, max_side) / max(gray.shape))
     if scale < 1:
         gray = cv2.resize(gray, [max(1, round(side * scale)) for side in gray.shape[::-1]], interpolation=cv2.INTER_AREA)
     border = min(gray.shape) // 5
     gray = cv2.copyMakeBorder(gray, border, border, border, border, cv2.BORDER_CONSTANT, value=128)
-    found = [_look_again(gray, *xys, min_neighbors) for xys in _candidates(gray, max(_WINDOW, round((min_size or 0) * scale)), border, scale_factor)]
+    found = [_look_again(gray, xys, min_neighbors) for xys in _candidates(gray, max(_WINDOW, round((min_size or 0) * scale)), border, scale_factor)]
     xys = np.array([box for box in found if box], float).reshape(-1, 3) - (border, border, 0)
     return np.concatenate([xys[:, :2], xys[:, :2] + xys[:, 2:]], axis=1) / scale, None
 
-# %% ../nbs/09_detect.ipynb #ddef68d5
+# %% ../nbs/09_detect.ipynb #30246dca
 YUNET_URL = 'https://media.githubusercontent.com/media/opencv/opencv_zoo/main/models/face_detection_yunet/face_detection_yunet_2023mar.onnx'
 YUNET_SHA256 = '8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4'
 
@@ -98,8 +99,9 @@ def find_yunet() -> Path | None: # the model file, or None
     if path.is_file(): return path
     if named: raise FileNotFoundError(f'the environment variable FER_YUNET names {named!r}, and there is no such file: '
                                       'correct it, or unset it and detect with "haar"')
+    return None
 
-# %% ../nbs/09_detect.ipynb #07de8bbf
+# %% ../nbs/09_detect.ipynb #fe15f013
 def _download(url, timeout, chunk=1 << 15, chunks=64):
     "The bytes behind an address, at most two megabytes, with a progress bar where stderr is a terminal"
     from urllib.request import Request, urlopen
@@ -116,7 +118,7 @@ def fetch_yunet(
 ) -> Path: # the model file in the cache folder, which `detect_faces` finds from now on
     """Download the YuNet model once, 233 kB, into the cache folder (`FER_CACHE`, or the user's own). Does nothing where it is there already.
 
-    The file is kept only if its sha256 is the official one. Raises `ConnectionError` where the address cannot be reached, 
+    The file is kept only if its sha256 is the official one. Raises `ConnectionError` where the address cannot be reached,
     and `ValueError` where it gives another file."""
     from http.client import HTTPException
     target = _yunet_file()
@@ -124,20 +126,20 @@ def fetch_yunet(
     help = (f'Download {YUNET_URL} on another machine and save it here as {str(target)!r}, or anywhere and set the environment variable '
             'FER_YUNET to its path. Until then detector="haar" works without it.')
     try: data = _download(url, timeout)
-    except (OSError, HTTPException, ValueError) as e: 
+    except (OSError, HTTPException, ValueError) as e:
         raise ConnectionError(f'YuNet cannot be downloaded from {url} ({e}). {help}') from None
     if (sha256 := hashlib.sha256(data).hexdigest()) != YUNET_SHA256:
         raise ValueError(f'{url} gave {len(data):,} bytes with the sha256 {sha256}, expected 232,589 bytes with {YUNET_SHA256}; nothing was kept. {help}')
     with write_whole(target) as part: part.write_bytes(data)
     return target
 
-# %% ../nbs/09_detect.ipynb #12abacb1
+# %% ../nbs/09_detect.ipynb #266c9ac5
 def _load_yunet(path):
     "A YuNet detector of OpenCV from a model file; raises a `ValueError` for a file that is none"
     cv2, data = import_cv2(), Path(path).read_bytes()
-    if data.startswith(b'version https://git-lfs'): 
+    if data.startswith(b'version https://git-lfs'):
         raise ValueError(f'{str(path)!r} is not the model but a git-lfs note of where it is stored: download it from {YUNET_URL}, or call fetch_yunet()')
-    try: 
+    try:
         detector = cv2.FaceDetectorYN.create('onnx', np.frombuffer(data, np.uint8), np.empty(0, np.uint8), (64, 64))
         detector.detect(np.zeros((64, 64, 3), np.uint8))
     except cv2.error as e:
@@ -218,12 +220,12 @@ def _squares(found, factor):
     half = factor / 2 * np.sqrt(sides[:, :1] * sides[:, 1:])
     return np.concatenate([centre - half, centre + half], axis=1)
 
-# %% ../nbs/09_detect.ipynb #e33cd34e
+# %% ../nbs/09_detect.ipynb #cc1d195b
 def _find_none(image, **_):
     "The whole image is one face"
     return np.array([[0, 0, image.shape[1], image.shape[0]]], float), None
 
-_DETECTORS = {'haar': (_find_haar, 1.05), 'yunet': (_find_yunet, 1.05), 'none': (_find_none, None)}
+_DETECTORS: dict[str, tuple[Callable, float | None]] = {'haar': (_find_haar, 1.05), 'yunet': (_find_yunet, 1.05), 'none': (_find_none, None)}
 
 def list_detectors() -> list[str]: # what `detect_faces` takes as `detector`, besides paths of YuNet models and functions
     "The names of the detectors"
@@ -266,7 +268,7 @@ def _ask(detector, image):
         raise ValueError(f'the eyes of {len(arr)} boxes must have the shape [{len(arr)}, 2, 2], got {list(np.shape(eyes))}')
     return arr, eyes
 
-# %% ../nbs/09_detect.ipynb #202369cc
+# %% ../nbs/09_detect.ipynb #3af4d8d4
 def _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors):
     "Raise a `ValueError` for a setting out of range"
     if min_size is not None and not 1 <= min_size < math.inf: raise ValueError(f'min_size is in pixels and at least 1, got {min_size!r}')
@@ -292,7 +294,7 @@ def detect_faces(
     something other than boxes; `FileNotFoundError` where YuNet's model is not there. Boxes of a function are cut off at the edges of the image."""
     image = read_image(image)
     _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors)
-    if callable(detector): found, eyes, factor = *_ask(detector, image), None
+    if callable(detector): (found, eyes), factor = _ask(detector, image), None
     else:
         name, model = _choose(detector)
         if return_eyes and name != 'yunet':
@@ -300,9 +302,9 @@ def detect_faces(
         find, factor = _DETECTORS[name]
         found, eyes = find(image, model=model, min_size=min_size, max_side=max_side, min_score=min_score, scale_factor=scale_factor, min_neighbors=min_neighbors)
     boxes, eyes = _tidy(found, eyes, image, factor, min_size)
-    return (boxes, eyes) if return_eyes else boxes
+    return (boxes, eyes) if return_eyes else boxes # type: ignore[return-value]
 
-# %% ../nbs/09_detect.ipynb #412572dc
+# %% ../nbs/09_detect.ipynb #a0bb4bb5
 def _square(box, height, width, margin):
     "The square around a box, moved and if need be shrunk so that it lies inside the image -> x0, y0, side"
     side = min(max(1, round(max(box.width, box.height) * (1 + 2 * margin))), height, width)
@@ -313,14 +315,14 @@ def _square(box, height, width, margin):
 def _cut(image, box, size, margin):
     "The gray square around a box, uint8 [size, size]"
     cv2 = import_cv2()
-    x0, y0, side = _square(box, *image.shape[:2], margin)
+    x0, y0, side = _square(box, image.shape[0], image.shape[1], margin)
     gray = cv2.cvtColor(image[y0:y0 + side, x0:x0 + side], cv2.COLOR_RGB2GRAY)
     return cv2.resize(gray, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
 
 def _cut_turned(image, box, size, margin, angle):
     "The same square, turned by `angle` (radians, from the x axis towards the y axis of the image) about its centre"
     cv2 = import_cv2()
-    x0, y0, side = _square(box, *image.shape[:2], margin)
+    x0, y0, side = _square(box, image.shape[0], image.shape[1], margin)
     x, y, reach = x0 + side / 2, y0 + side / 2, .75 * side # beyond half the diagonal, so that it holds the square at any angle
     left, top = max(0, int(x - reach)), max(0, int(y - reach))
     gray = cv2.cvtColor(image[top:math.ceil(y + reach), left:math.ceil(x + reach)], cv2.COLOR_RGB2GRAY)

@@ -8,7 +8,7 @@ __all__ = ['STATISTICS', 'check_probs', 'calibration_error', 'class_curves', 'sc
            'plot_calibration', 'plot_roc', 'plot_precision_recall', 'predict_table', 'Evaluation', 'evaluate_model',
            'measure_latency']
 
-# %% ../nbs/06_evaluate.ipynb #da57b073
+# %% ../nbs/06_evaluate.ipynb #d4007dd4
 import hashlib
 import sys
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import auc, average_precision_score, classification_report, confusion_matrix, log_loss, precision_recall_curve, precision_recall_fscore_support, roc_curve
 
-from .core import EMOTIONS, import_cv2, import_onnxruntime, write_whole
+from .core import EMOTIONS, import_cv2, import_onnxruntime
 from .data import FER2013, find_duplicates, split_names
 
-# %% ../nbs/06_evaluate.ipynb #d0ff1ab9
+# %% ../nbs/06_evaluate.ipynb #89a4ffa1
 def check_probs(
     probs: np.ndarray,  # what should be probabilities, [n, k]
     emotion: np.ndarray,  # int [n], true classes
-    classes: tuple = None,  # names of the classes; None does not compare their number
+    classes: tuple | None = None,  # names of the classes; None does not compare their number
 ) -> np.ndarray:
     "The probabilities as float64 [n, k]. Raises `ValueError` where shapes, sums or labels do not fit."
     probs = np.asarray(probs, np.float64)
@@ -302,7 +302,7 @@ def _open_learner(learn):
         with learn.no_bar(): return learn.get_preds(dl=dl)[0].numpy()
     return _Opened(predict_faces, tuple(map(str, vocab)), dict(name=type(learn.model).__name__, arch=type(learn.model).__name__, n_params=sum(p.numel() for p in learn.model.parameters())))
 
-# %% ../nbs/06_evaluate.ipynb #4dc8e4a4
+# %% ../nbs/06_evaluate.ipynb #b634a0e2
 def _open_onnx(path, classes):
     "An ONNX file on its own, without a card."
     onnxruntime = import_onnxruntime()
@@ -328,7 +328,7 @@ def _predict(opened, table):
 def predict_table(
     model,  # a bundled name, model folder, ONNX file, `Predictor`, fastai learner, or function from uint8 [n, 48, 48] to float [n, k]
     table: FER2013,  # the faces
-    classes: tuple = None,  # of an ONNX file without card, or of a function; None: those of the table
+    classes: tuple | None = None,  # of an ONNX file without card, or of a function; None: those of the table
     **options,  # of `Predictor`, for a model that is given by name or path: tta, threads, providers
 ) -> np.ndarray:
     """Probabilities of any model for every face of a table: float64 [n, k], columns in the order of `table.classes`.
@@ -336,7 +336,7 @@ def predict_table(
     Raises `ValueError` where model and table differ in their classes, where the answers are no probabilities, and what opening the model raises."""
     return _predict(_open_model(model, tuple(classes or table.classes), options), table)
 
-# %% ../nbs/06_evaluate.ipynb #a303726e
+# %% ../nbs/06_evaluate.ipynb #8fb9a19e
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "What a model says about the faces of a split, and what that is worth. `evaluate_model` makes one."
@@ -362,7 +362,7 @@ class Evaluation:
         return other.probs[:, [theirs.index(c) for c in mine]]
 
     def to_dict(self,
-        other: "Evaluation" = None,  # of a second model on the same faces, to compare with
+        other: "Evaluation | None" = None,  # of a second model on the same faces, to compare with
     ) -> dict:
         "`about` and `scores`, ready for JSON; with another also `comparison`: its `about`, and what `compare_models` says."
         if other is None: return dict(about=self.about, scores=self.scores)
@@ -406,14 +406,14 @@ def _describe(opened, name, rows, part, n_all):
                           classes={c: int((part.emotion == i).sum()) for i, c in enumerate(part.classes)}),
                 date=date.today().isoformat(), versions=dict(python=python_version()) | {p: metadata.version(p) for p in ("fer_nbdev", "scikit-learn", *loaded)})
 
-# %% ../nbs/06_evaluate.ipynb #a13ecaf3
+# %% ../nbs/06_evaluate.ipynb #bb161f98
 def evaluate_model(
     model,  # a bundled name, model folder, ONNX file, `Predictor`, fastai learner, or function from uint8 [n, 48, 48] to float [n, k]
     table: FER2013,  # faces and labels, of `read_fer2013`, say
     split: str = "PrivateTest",  # what to score: a split or several joined by +, as `split_names` takes them; None: every row
     *,
-    classes: tuple = None,  # of an ONNX file without card, or of a function; None: those of the table
-    name: str = None,  # what to call the model; None: what its card says
+    classes: tuple | None = None,  # of an ONNX file without card, or of a function; None: those of the table
+    name: str | None = None,  # what to call the model; None: what its card says
     n_resamples: int = 2000,  # draws for the intervals
     seed: int = 0,  # of the draws
     **options,  # of `Predictor`, for a model that is given by name or path: tta, threads, providers

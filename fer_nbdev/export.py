@@ -6,8 +6,8 @@
 __all__ = ['LIMITS', 'ExportedModel', 'create_onnx', 'halve_weights', 'quantize_graph', 'parity_report', 'check_report',
            'check_parity', 'export_model', 'export_run', 'quantize_model', 'export_weights', 'export_learner']
 
-# %% ../nbs/08_export.ipynb #4695b486
-import hashlib, io, json, logging, warnings
+# %% ../nbs/08_export.ipynb #4cd7082b
+import hashlib, io, json, logging, os, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
@@ -21,7 +21,7 @@ from fastai.data.transforms import Normalize
 from scipy.special import log_softmax
 from torch import nn
 
-from .core import EMOTIONS, import_cv2, import_onnxruntime, require, write_whole
+from .core import EMOTIONS, import_cv2, import_onnxruntime, read_checked, require, spare_path, write_whole
 from .data import FER2013, select_classes, synthetic_faces
 from .evaluate import fit_temperature, score
 from .loaders import FER2013_STATS
@@ -60,12 +60,15 @@ def _try_out(model, img_size, channels):
             return n_in, out.shape[1]
     raise ValueError(f"{name} does not take batches of such faces. It says of {'; of '.join(said)}")
 
-# %% ../nbs/08_export.ipynb #86008414
+# %% ../nbs/08_export.ipynb #0caca655
 class ExportedModel(nn.Module):
     """A network with its preprocessing and softmax: gray faces uint8 [n, img_size, img_size] in, probs float32 [n, k] out.
 
     It holds a copy of the network, on the CPU and in eval mode. `n_in` and `n_classes` say what was found out about it. Raises `ValueError`
     where the network does not take faces of this size in one or three channels, where it does not give finite logits, and for impossible `stats`."""
+    mean: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self,
         model: nn.Module,  # normalised float [n, 1, img_size, img_size], or [n, 3, ...], to logits [n, k]
         img_size: int = 48,  # side of the faces, in pixels
@@ -95,7 +98,7 @@ class ExportedModel(nn.Module):
         "`logits` of an array, float32 [n, k]."
         with torch.no_grad(): return torch.cat([self.logits(b) for b in torch.from_numpy(faces).split(bs)]).numpy()
 
-# %% ../nbs/08_export.ipynb #8042894d
+# %% ../nbs/08_export.ipynb #ef6bf531
 def _strip(proto):
     "Drop the exporter's notes, which hold source lines and paths of the machine that exported."
     graph = proto.graph
@@ -129,7 +132,7 @@ def create_onnx(
                                                      dynamic_shapes={"faces": {0: torch.export.Dim("n")}})
     except torch.onnx.OnnxExporterError as e:
         raise ValueError(f"{type(whole.model).__name__} cannot be drawn as a graph. PyTorch says: {str(e.__cause__ or e).strip().partition(chr(10))[0]}") from e
-    return _strip(program.model_proto).SerializeToString()
+    return _strip(program.model_proto).SerializeToString()  # type: ignore[union-attr]
 
 # %% ../nbs/08_export.ipynb #207b349f
 def halve_weights(
@@ -179,7 +182,7 @@ def _tail(graph):
         name = node.input[0]
     return names
 
-# %% ../nbs/08_export.ipynb #eeeeaed4
+# %% ../nbs/08_export.ipynb #a507cb20
 def _users(graph, name): return [n for n in graph.node if name in n.input]
 
 _MOVES = ("Unsqueeze", "Reshape", "Transpose")  # operators that only put values elsewhere, and bytes as well as floats
@@ -208,7 +211,7 @@ def _take_bytes(proto):
     nodes, name, (black, white) = _normalisation(graph)
     scale, users = (white - black)/255, _users(graph, name)
     if [n.op_type for n in users] != ["QuantizeLinear"] or scale <= 0 or not 0 <= round(-black/scale) <= 255: return proto
-    graph.initializer.extend([numpy_helper.from_array(np.float32(scale), "face_scale"), numpy_helper.from_array(np.uint8(round(-black/scale)), "face_zero")])
+    graph.initializer.extend([numpy_helper.from_array(np.array(scale, np.float32), "face_scale"), numpy_helper.from_array(np.array(round(-black/scale), np.uint8), "face_zero")])
     name = "faces"
     for n in nodes:
         if n.op_type in _MOVES: n.input[0], name = name, n.output[0]
@@ -255,7 +258,7 @@ def quantize_graph(
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
 
-# %% ../nbs/08_export.ipynb #b4ded706
+# %% ../nbs/08_export.ipynb #eaddc43d
 LIMITS = dict(float32=dict(max_difference=1e-3, mean_difference=1e-4, equal_answers=.95, accuracy_lost=.001),
               float16=dict(max_difference=1e-2, mean_difference=1e-3, equal_answers=.95, accuracy_lost=.002),
               int8=dict(max_difference=.3, mean_difference=.02, equal_answers=.9, accuracy_lost=.005))  # how far a graph may stray, by its weights
@@ -263,7 +266,7 @@ LIMITS = dict(float32=dict(max_difference=1e-3, mean_difference=1e-4, equal_answ
 def parity_report(
     probs: np.ndarray,  # float [n, k], what the graph gives
     reference: np.ndarray,  # float [n, k], what the network gives for the same faces
-    emotion: np.ndarray = None,  # int [n], the true classes, where they are known
+    emotion: np.ndarray | None = None,  # int [n], the true classes, where they are known
 ) -> dict:
     "n, `max_difference` and `mean_difference` of the probabilities, the share of `equal_answers`, and with labels the accuracy and the `accuracy_lost`."
     difference, answer, before = np.abs(np.float64(probs) - reference), probs.argmax(1), reference.argmax(1)
@@ -271,7 +274,7 @@ def parity_report(
     if emotion is None: return report
     return report | dict(accuracy=float((answer == emotion).mean()), accuracy_lost=float((before == emotion).mean() - (answer == emotion).mean()))
 
-# %% ../nbs/08_export.ipynb #0ccbd982
+# %% ../nbs/08_export.ipynb #8c46f01f
 def _check_weights(weights, limits=None):
     "The limits for a kind of weights. Raises ValueError for an unknown kind or limit."
     if weights not in LIMITS: raise ValueError(f"weights={weights!r}: expected one of {', '.join(LIMITS)}")
@@ -282,7 +285,7 @@ def _check_weights(weights, limits=None):
 def check_report(
     report: dict,  # of `parity_report`
     weights: str = "float32",  # kind of the graph: float32, float16 or int8
-    limits: dict = None,  # in place of those of `LIMITS`: max_difference, mean_difference, equal_answers, accuracy_lost
+    limits: dict | None = None,  # in place of those of `LIMITS`: max_difference, mean_difference, equal_answers, accuracy_lost
 ) -> dict:
     "The report with the limits that it keeps. Raises `ValueError` that names every figure that does not keep its limit."
     limits, n, wrong = {k: v for k, v in _check_weights(weights, limits).items() if k in report}, report["n"], []
@@ -294,7 +297,7 @@ def check_report(
                                + ("" if weights == "float32" else f"; weights={'float32' if weights == 'float16' else 'float16'!r} stays closer"))
     return report | dict(limits=limits)
 
-# %% ../nbs/08_export.ipynb #419b06a2
+# %% ../nbs/08_export.ipynb #637c5d0c
 def _open_graph(graph):
     "A function from uint8 faces [n, h, w] to probs float32 [n, k] by an exported graph, given as bytes or a path."
     ort = import_onnxruntime()
@@ -319,10 +322,10 @@ def _in_batches(predict_faces, faces):
 def check_parity(
     graph: bytes,  # of `create_onnx`, `halve_weights` or `quantize_graph`
     model: nn.Module,  # the `ExportedModel` it was made from; any other network is put into one with its defaults
-    faces: np.ndarray = None,  # uint8 [n, img_size, img_size]; None takes 64 drawn ones
-    emotion: np.ndarray = None,  # int [n], their classes
+    faces: np.ndarray | None = None,  # uint8 [n, img_size, img_size]; None takes 64 drawn ones
+    emotion: np.ndarray | None = None,  # int [n], their classes
     weights: str = "float32",  # kind of the graph: float32, float16 or int8
-    limits: dict = None,  # in place of those of `LIMITS`
+    limits: dict | None = None,  # in place of those of `LIMITS`
 ) -> dict:
     "The `parity_report` of a graph against its network, checked by `check_report`."
     whole = _wrapped(model)
@@ -330,7 +333,7 @@ def check_parity(
     reference = np.exp(log_softmax(whole.predict_logits(faces)/whole.temperature, axis=1))
     return check_report(parity_report(_in_batches(_open_graph(graph), faces), reference, emotion), weights, limits)
 
-# %% ../nbs/08_export.ipynb #00a8b35f
+# %% ../nbs/08_export.ipynb #acb54677
 def _part(table, usage, img_size, n=None):
     "The rows of a split, at most `n` of them drawn at random, with faces of `img_size`."
     part = table.split(usage)
@@ -355,25 +358,27 @@ def _score_splits(predict_faces, table, img_size, known):
     return {usage: score(known[usage] if usage in known else predict_faces(part.pixels), part.emotion, table.classes) for usage, part in parts.items() if len(part)}
 
 def _write_folder(out, graph, card):
-    "Write graph and card, and return the card."
-    out.mkdir(parents=True, exist_ok=True)
-    card["files"] = {"model.onnx": dict(sha256=hashlib.sha256(graph).hexdigest(), bytes=len(graph))}
-    with write_whole(out/"model.onnx") as tmp: Path(tmp).write_bytes(graph)
+    "Write graph and card, and return the card. Killed at any moment, this leaves the old model or the new one (see `spare_path`)."
+    sha256 = hashlib.sha256(graph).hexdigest()
+    card["files"] = {"model.onnx": dict(sha256=sha256, bytes=len(graph))}
+    with write_whole(spare := spare_path(out/"model.onnx", sha256)) as tmp: Path(tmp).write_bytes(graph)
     with write_whole(out/"card.json") as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding="utf-8")
+    os.replace(spare, out/"model.onnx")
+    for left in out.glob(f".model.{'?'*16}.onnx"): left.unlink()  # of exports that were killed
     return card
 
-# %% ../nbs/08_export.ipynb #0e58b966
+# %% ../nbs/08_export.ipynb #e137b06e
 def export_model(
     model: nn.Module,  # normalised float [n, 1, img_size, img_size], or [n, 3, ...], to logits [n, k]
     out,  # model folder to write
-    table: FER2013 = None,  # faces to fit the temperature, calibrate int8, compare and score on; None does without
+    table: FER2013 | None = None,  # faces to fit the temperature, calibrate int8, compare and score on; None does without
     *,
-    classes: tuple = None,  # names of the k outputs; None takes those of the table, or `EMOTIONS`
+    classes: tuple | None = None,  # names of the k outputs; None takes those of the table, or `EMOTIONS`
     img_size: int = 48,  # side of the faces, in pixels
     stats: tuple = FER2013_STATS,  # mean and standard deviation of the pixels in 0..1; numbers, or one a channel
-    temperature: float = None,  # the logits are divided by it; None fits it on PublicTest, or takes 1 where there is none
+    temperature: float | None = None,  # the logits are divided by it; None fits it on PublicTest, or takes 1 where there is none
     weights: str = "float16",  # float32, float16, or int8, which needs a table
-    limits: dict = None,  # in place of those of `LIMITS`: how far the graph may stray from the network
+    limits: dict | None = None,  # in place of those of `LIMITS`: how far the graph may stray from the network
     **about,  # further entries of the card: name, arch, recipe, seed, data ...
 ) -> dict:
     """Write `model.onnx` and `card.json` into the folder `out`, and return the card.
@@ -382,13 +387,13 @@ def export_model(
     where int8 has no faces to be calibrated on, and where the graph strays further than the limits."""
     out, whole = Path(out).expanduser(), ExportedModel(model, img_size, stats, temperature or 1.)
     _check_weights(weights, limits)
-    classes = tuple(classes or getattr(table, "classes", EMOTIONS))
+    classes = tuple(classes or (EMOTIONS if table is None else table.classes))
     if whole.n_classes != len(classes): raise ValueError(f"the network has {whole.n_classes} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
     if table is not None and tuple(table.classes) != classes: table = select_classes(table, classes)
     usage, faces, emotion = _parity_faces(table, img_size)
     logits = whole.predict_logits(faces)
     if temperature is None and usage == "PublicTest": whole.temperature = fit_temperature(logits, emotion)
-    calibration = _calibration_faces(table, img_size) if weights == "int8" else None
+    calibration = _calibration_faces(table, img_size) if weights == "int8" else np.empty((0, img_size, img_size), np.uint8)
     graph = create_onnx(whole)
     graph = halve_weights(graph) if weights == "float16" else quantize_graph(graph, calibration) if weights == "int8" else graph
     predict_faces = _open_graph(graph)
@@ -399,14 +404,14 @@ def export_model(
     if table is not None: card["scores"] = _score_splits(predict_faces, table, img_size, {usage: probs})
     return _write_folder(out, graph, card)
 
-# %% ../nbs/08_export.ipynb #2079972b
+# %% ../nbs/08_export.ipynb #8bb932cf
 def export_run(
     run,  # folder of a run
     out,  # model folder to write
-    table: FER2013 = None,  # the data of the run; None exports without temperature and scores
+    table: FER2013 | None = None,  # the data of the run; None exports without temperature and scores
     *,
     weights: str = "float16",  # float32, float16, or int8, which needs the table
-    limits: dict = None,  # in place of those of `LIMITS`
+    limits: dict | None = None,  # in place of those of `LIMITS`
     **about,  # further entries of the card, such as name and licence
 ) -> dict:
     """Export the best weights of a run as a model folder and return its card.
@@ -417,10 +422,11 @@ def export_run(
     recipe, facts = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
     entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid, licence="Apache-2.0",
                    **{k: facts.get(k) for k in ("commit", "data", "hardware", "versions", "train_minutes", "date", "best_epoch")})
-    return export_model(model, out, None if table is None else prepare_table(recipe, table), classes=tuple(facts["data"]["classes"]), stats=recipe.stats,
+    return export_model(model, out, None if table is None else prepare_table(recipe, table), classes=tuple(facts["data"]["classes"]),
+                        stats=recipe.stats,  # type: ignore[arg-type]  # a run knows its stats
                         weights=weights, limits=limits, **entries | about)
 
-# %% ../nbs/08_export.ipynb #9a97abbf
+# %% ../nbs/08_export.ipynb #1658bbf8
 def quantize_model(
     folder,  # model folder to start from, or the name of a bundled model
     out,  # model folder to write
@@ -428,7 +434,7 @@ def quantize_model(
     *,
     method: str = "minmax",  # how the range of a tensor is chosen: minmax or percentile
     reduce_range: bool = True,  # weights of seven bits, right on every processor; False: eight, for those with VNNI only
-    limits: dict = None,  # in place of those of `LIMITS`
+    limits: dict | None = None,  # in place of those of `LIMITS`
     **about,  # further entries of the card, such as name
 ) -> dict:
     """Write an int8 copy of a model folder and return its card.
@@ -438,7 +444,8 @@ def quantize_model(
     given, out = Path(folder).expanduser(), Path(out).expanduser()
     folder = given if given.is_dir() else Path(str(resources.files("fer_nbdev")))/"weights"/given
     if not (folder/"card.json").is_file(): raise FileNotFoundError(f"{str(given)!r} is neither a bundled model nor a model folder, with model.onnx and card.json as export writes them")
-    card, graph = json.loads((folder/"card.json").read_text(encoding="utf-8")), (folder/"model.onnx").read_bytes()
+    card = json.loads((folder/"card.json").read_text(encoding="utf-8"))
+    graph = read_checked(folder/"model.onnx", card["files"]["model.onnx"]["sha256"])
     if tuple(table.classes) != tuple(card["classes"]): table = select_classes(table, tuple(card["classes"]))
     small = quantize_graph(graph, _calibration_faces(table, card["img_size"]), method, reduce_range)
     usage, faces, emotion = _parity_faces(table, card["img_size"])
@@ -449,7 +456,7 @@ def quantize_model(
     card["scores"] = _score_splits(predict_faces, table, card["img_size"], {usage: probs})
     return _write_folder(out, small, card)
 
-# %% ../nbs/08_export.ipynb #93b802a2
+# %% ../nbs/08_export.ipynb #facd55e4
 def _load_weights(file, recipe, classes):
     "The network of a recipe with the weights of a file."
     safetensors = require("safetensors.torch", "train")
@@ -468,12 +475,12 @@ def _load_weights(file, recipe, classes):
 def export_weights(
     file,  # .safetensors file with the weights of a network
     out,  # model folder to write
-    table: FER2013 = None,  # as for `export_model`
+    table: FER2013 | None = None,  # as for `export_model`
     *,
     recipe=None,  # a `Recipe`, its name or its yaml file; None takes the recipe.yaml beside the weights
-    classes: tuple = None,  # names of the outputs; None takes those of the recipe, of the table, or `EMOTIONS`
+    classes: tuple | None = None,  # names of the outputs; None takes those of the recipe, of the table, or `EMOTIONS`
     weights: str = "float16",  # float32, float16, or int8, which needs the table
-    limits: dict = None,  # in place of those of `LIMITS`
+    limits: dict | None = None,  # in place of those of `LIMITS`
     **about,  # further entries of the card
 ) -> dict:
     """Export a weights file as a model folder and return its card. Raises `FileNotFoundError` and `ValueError` where there is no file or no recipe,
@@ -487,7 +494,7 @@ def export_weights(
                         stats=recipe.stats or input_stats(recipe.arch, recipe.pretrained), weights=weights, limits=limits,
                         **dict(arch=recipe.arch, recipe=plain_recipe(recipe), seed=recipe.seed) | about)
 
-# %% ../nbs/08_export.ipynb #14d04068
+# %% ../nbs/08_export.ipynb #7b0167c8
 def _learner_stats(learn):
     "Mean and standard deviation of a learner's `Normalize`."
     found = [t for t in learn.dls.valid.after_batch.fs if isinstance(t, Normalize)]
@@ -506,11 +513,11 @@ def _check_images(images, stats):
 def export_learner(
     learn,  # fastai `Learner` whose loaders classify images
     out,  # model folder to write
-    table: FER2013 = None,  # as for `export_model`
+    table: FER2013 | None = None,  # as for `export_model`
     *,
-    stats: tuple = None,  # mean and standard deviation of the pixels in 0..1; None takes those of its `Normalize`
+    stats: tuple | None = None,  # mean and standard deviation of the pixels in 0..1; None takes those of its `Normalize`
     weights: str = "float16",  # float32, float16, or int8, which needs the table
-    limits: dict = None,  # in place of those of `LIMITS`
+    limits: dict | None = None,  # in place of those of `LIMITS`
     **about,  # further entries of the card
 ) -> dict:
     "Export the network of a learner as a model folder and return its card. Raises `ValueError` where its loaders have no classes, no square images or no known stats, where they do more than resize and normalise, and as `export_model` does."

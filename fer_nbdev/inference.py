@@ -27,7 +27,7 @@ def _prediction(probs, classes, box=None, min_confidence=0.):
     confidence = float(probs[best])
     return Prediction(classes[best] if confidence >= min_confidence else UNCERTAIN, confidence, dict(zip(classes, probs.tolist())), box)
 
-# %% ../nbs/10_inference.ipynb #51082028
+# %% ../nbs/10_inference.ipynb #fd5a50dd
 class _FaceFinder(FaceClassifier):
     "A classifier with a detector in front"
     def __init__(self,
@@ -44,7 +44,8 @@ class _FaceFinder(FaceClassifier):
         super().__init__(model, threads=threads, providers=providers, tta=tta)
         nothing = np.zeros((1, 1), np.uint8)
         if not callable(detector) and (align or detector not in ('auto', 'haar', 'none')): detect_faces(nothing, detector, max_side=20, return_eyes=align) # raises
-        self.detector, self.align, self._crop = detector, align, {} if margin is None else {'margin': margin}
+        self.detector, self.align = detector, align
+        self._crop: dict = {} if margin is None else {'margin': margin}
         crop_faces(nothing, [], **self._crop) # raises
         if not 0 <= min_confidence <= 1: raise ValueError(f'min_confidence is a probability, between 0 and 1, got {min_confidence!r}')
         self.min_confidence = min_confidence
@@ -103,7 +104,7 @@ def _predict_many(predictor, sources, workers, at_once):
             answers = iter(predictor._answer(looks for _, looks in batch if not isinstance(looks, Exception)))
             for source, looks in batch: yield source, looks if isinstance(looks, Exception) else next(answers)
 
-# %% ../nbs/10_inference.ipynb #9c43d60b
+# %% ../nbs/10_inference.ipynb #e04ba048
 class Predictor(_FaceFinder):
     """A model, ready to answer for pictures. It may be shared between threads.
 
@@ -115,7 +116,7 @@ class Predictor(_FaceFinder):
         box_format: str = "xyxy", # what the numbers of `boxes` are, "xyxy" or "xywh"
     ) -> list[list[Prediction]]: # for each image what `predict` gives
         "Predict the faces of several images in one batch; raises what `read_image` raises for the first that cannot be read"
-        if boxes is not None and len(boxes := list(boxes)) != len(sources := list(_several(sources))): 
+        if boxes is not None and len(boxes := list(boxes)) != len(sources := list(_several(sources))):
             raise ValueError(f'{len(boxes)} lists of boxes for {len(sources)} images: expected one list an image')
         return self._answer(self._look(read_image(source), own, box_format) for source, own in zip(_several(sources), repeat(None) if boxes is None else boxes))
 

@@ -7,7 +7,7 @@ __all__ = ['CAMS', 'PROJECTIONS', 'FERInterpretation', 'Network', 'open_network'
            'occlusion_map', 'plot_map', 'plot_class_maps', 'features', 'project_features', 'plot_features',
            'read_history', 'plot_class_curves', 'compare_runs', 'plot_runs']
 
-# %% ../nbs/07_interpret.ipynb #2cfcc82e
+# %% ../nbs/07_interpret.ipynb #3f549cc0
 import difflib, json, math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import fastai.vision.learner  # teaches plot_top_losses and show_results to draw images
+import fastai.vision.learner  # noqa: F401 - teaches plot_top_losses and show_results to draw images
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -68,13 +68,13 @@ class FERInterpretation(ClassificationInterpretation):
         "The scores of `evaluate.score`."
         return score(self.probs, self.table.emotion, self.table.classes)
 
-# %% ../nbs/07_interpret.ipynb #450e0b7e
+# %% ../nbs/07_interpret.ipynb #c0f863f7
 @patch(cls_method=True)
 def from_learner(cls: FERInterpretation,
     learn: Learner,  # with loaders of `fer_dls`
     ds_idx: int = 1,  # which of its loaders: 0 Training, 1 validation
-    dl: DataLoader = None,  # another loader, of `table_dl`
-    act: Callable = None,  # from the network's answers to probabilities; None takes that of the loss
+    dl: DataLoader | None = None,  # another loader, of `table_dl`
+    act: Callable | None = None,  # from the network's answers to probabilities; None takes that of the loss
 ):
     "The faces of a loader, without augmentation. Raises `ValueError` for a learner with other loaders."
     if not isinstance(learn.dls.train, FERLoader): raise ValueError(f"a learner with {type(learn.dls.train).__name__}: expected one with loaders of fer_dls; for others there is fastai's ClassificationInterpretation")
@@ -82,11 +82,11 @@ def from_learner(cls: FERInterpretation,
     table = FER2013(np.stack([r.pixels for r in rows]), np.array([classes.index(r.emotion) for r in rows]), np.array([r.usage for r in rows]), classes)
     return cls(table, learn.get_preds(dl=table_dl(learn.dls, rows), act=act)[0].numpy())
 
-# %% ../nbs/07_interpret.ipynb #5a7ef46d
+# %% ../nbs/07_interpret.ipynb #0a4c4e9f
 @patch
 def mistakes(self: FERInterpretation,
-    truth: str = None,  # only faces of this class
-    answer: str = None,  # only faces that the model gave to this class
+    truth: str | None = None,  # only faces of this class
+    answer: str | None = None,  # only faces that the model gave to this class
 ) -> np.ndarray:
     "Row numbers of the wrong answers, those with the largest loss first. Raises `ValueError` for an unknown class."
     classes, answers = self.table.classes, self.probs.argmax(1)
@@ -150,7 +150,7 @@ class Network:
         if logits.ndim != 2 or logits.shape[1] != len(self.classes): raise ValueError(f"the network gives {tuple(logits.shape[1:])} numbers a face for {len(self.classes)} classes: name them, open_network(model, classes=...)")
         return logits
 
-# %% ../nbs/07_interpret.ipynb #cfd2f2fb
+# %% ../nbs/07_interpret.ipynb #887be1cd
 @patch
 def predict_faces(self: Network,
     faces: np.ndarray,  # uint8 [n, h, w]
@@ -169,7 +169,7 @@ def _is_run(source): return isinstance(source, (str, Path)) and (Path(source).ex
 
 def open_network(
     source,  # folder of a run, learner, PyTorch module, or a `Network`, which comes back as it is
-    stats: tuple = None,  # mean and standard deviation for a module; None takes FER2013's
+    stats: tuple | None = None,  # mean and standard deviation for a module; None takes FER2013's
     classes: tuple = EMOTIONS,  # names of a module's outputs
 ) -> Network:
     "What can be asked and looked into. Raises `ValueError` for anything else, such as a model folder, which has no gradients."
@@ -181,7 +181,7 @@ def open_network(
     if not _is_run(source): raise ValueError(f"{str(source)!r}: expected the folder of a run (with best.safetensors), a learner or a PyTorch module. Models in ONNX have no gradients; occlusion_map works on them")
     run = Path(source).expanduser()
     recipe, about = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
-    return Network(load_run(run), recipe.stats, tuple(about["data"]["classes"]), recipe.name)
+    return Network(load_run(run), recipe.stats, tuple(about["data"]["classes"]), recipe.name)  # type: ignore[arg-type]  # a run knows its stats
 
 def _open_model(model): return open_network(model) if _is_run(model) or isinstance(model, nn.Module) else model
 
@@ -337,7 +337,7 @@ def occlusion_map(
     maps = torch.from_numpy(np.tensordot(lost, windows, 1) / windows.sum(0)).float()
     return (_scaled(maps) if scale else maps).numpy()
 
-# %% ../nbs/07_interpret.ipynb #618c58af
+# %% ../nbs/07_interpret.ipynb #f54ea76b
 def plot_map(
     face: np.ndarray,  # uint8 [h, w]
     heat: np.ndarray,  # float [h, w] in 0..1
@@ -355,8 +355,8 @@ def plot_map(
 def plot_class_maps(
     model,  # anything that `explain` takes
     faces: np.ndarray,  # uint8 [n, h, w]
-    emotions: tuple = None,  # names of classes, one column each; None takes all
-    truth: np.ndarray = None,  # class numbers int [n], written above the faces
+    emotions: tuple | None = None,  # names of classes, one column each; None takes all
+    truth: np.ndarray | None = None,  # class numbers int [n], written above the faces
     explain: Callable = grad_cam,  # or `occlusion_map`
     **options,  # of `explain`
 ):

@@ -27,17 +27,17 @@ from fastai.torch_basics import DisplayedTransform
 from .core import EMOTIONS
 from .data import FER2013, split_names
 
-# %% ../nbs/02_loaders.ipynb #6b5478cf
+# %% ../nbs/02_loaders.ipynb #b9909ce4
 class FaceRow(NamedTuple):
     "One row of a table as an item of the DataBlock."
     pixels: np.ndarray  # uint8 [48, 48]
     emotion: str  # class name
     usage: str  # split
-    soft: np.ndarray = None  # float32 [k], shares of the votes, in the order of the table's classes
+    soft: np.ndarray | None = None  # float32 [k], shares of the votes, in the order of the table's classes
 
 def table_rows(
     table,  # a `FER2013` table, or rows already
-    classes: tuple = None,  # vocabulary that soft labels must be in; None does not check
+    classes: tuple | None = None,  # vocabulary that soft labels must be in; None does not check
 ) -> list:
     "The rows of a table as a list of `FaceRow`, which is what the DataBlock takes as items."
     if not isinstance(table, FER2013): return list(table)
@@ -123,7 +123,7 @@ def _check_sampling(sampling):
     if sampling in (None, *SAMPLINGS): return sampling
     raise ValueError(f"sampling={sampling!r}: expected None, {' or '.join(map(repr, SAMPLINGS))}")
 
-# %% ../nbs/02_loaders.ipynb #ee02468f
+# %% ../nbs/02_loaders.ipynb #1f406ede
 class TensorSoftCategory(TensorBase):
     "Shares of the classes as the target of a batch of faces: float32 [bs, k], rows sum to 1."
 
@@ -132,13 +132,14 @@ class FERLoader(TfmdDL):
 
     Sampling and soft targets belong to training: to a loader that shuffles the training rows. Every other one
     (validation, `get_preds` on the training rows) yields each row once, in order, with its label."""
-    _stacked = _on = None
+    _stacked: tuple | None = None
+    _on = None
 
     def __init__(self,
         dataset,  # fastai `Datasets` whose items are `FaceRow`
         bs: int = 64,  # batch size
         num_workers: int = 0,  # taken for fastai's sake and ignored: a batch costs one index, no worker pays
-        sampling: str = None,  # None shuffles the rows; or a name of `SAMPLINGS`
+        sampling: str | None = None,  # None shuffles the rows; or a name of `SAMPLINGS`
         **kwargs,  # further arguments of `TfmdDL`
     ):
         self.sampling = _check_sampling(sampling)
@@ -151,7 +152,7 @@ class FERLoader(TfmdDL):
         "Does this loader shuffle the training rows?"
         return bool(self.shuffle) and getattr(self.dataset, "split_idx", None) == 0
 
-# %% ../nbs/02_loaders.ipynb #8ae94c20
+# %% ../nbs/02_loaders.ipynb #80fe0d48
 @patch
 def _tensors(self: FERLoader):
     "Faces, labels and shares of the dataset on the loader's device; stacked once for each device."
@@ -161,8 +162,8 @@ def _tensors(self: FERLoader):
         if soft and (len(soft) < len(rows) or any(len(s) != len(o2i) for s in soft)):
             raise ValueError(f"{len(soft):,} of {len(rows):,} rows have soft labels, of lengths {sorted({len(s) for s in soft})}: expected all or none, with {len(o2i)} classes")
         pixels = torch.from_numpy(np.stack([r.pixels for r in rows]))[:, None]
-        soft = torch.from_numpy(np.stack(soft)).float().to(self.device) if soft else None
-        self._stacked = pixels.to(self.device), torch.tensor([o2i[r.emotion] for r in rows], device=self.device), soft
+        shares = torch.from_numpy(np.stack(soft)).float().to(self.device) if soft else None
+        self._stacked = pixels.to(self.device), torch.tensor([o2i[r.emotion] for r in rows], device=self.device), shares
         self._on = self.device
     return self._stacked
 
@@ -292,7 +293,7 @@ class AugmentBatch(DisplayedTransform):
         if a.p_erase: b = random_erase(b, a)
         return TensorFace(b)
 
-# %% ../nbs/02_loaders.ipynb #562eb39d
+# %% ../nbs/02_loaders.ipynb #3f9ddb4e
 FER2013_STATS = (.508, .255)  # mean and standard deviation of the Training pixels, in 0..1
 
 def fer_datablock(
@@ -301,7 +302,7 @@ def fer_datablock(
     augment: Augment = Augment(),  # None trains on the faces as they are
     stats: tuple = FER2013_STATS,  # mean and standard deviation that faces are normalised by
     seed: int = 0,  # of a random validation fraction
-    sampling: str = None,  # how an epoch draws training rows: None (each once), `oversample` or `weighted`
+    sampling: str | None = None,  # how an epoch draws training rows: None (each once), `oversample` or `weighted`
 ) -> DataBlock:
     "The fastai `DataBlock` of a `FER2013` table: `fer_datablock().dataloaders(table)`."
     mean, std = stats
@@ -321,7 +322,7 @@ def fer_dls(
     stats: tuple = FER2013_STATS,  # mean and standard deviation that faces are normalised by
     seed: int = 0,  # of a random validation fraction
     device=None,  # where faces and augmentation live; None takes the GPU where there is one
-    sampling: str = None,  # how an epoch draws training rows: None (each once), `oversample` or `weighted`
+    sampling: str | None = None,  # how an epoch draws training rows: None (each once), `oversample` or `weighted`
 ) -> DataLoaders:
     """DataLoaders of a table: batches are float32 [bs, 1, 48, 48] and int64 [bs], augmented for training.
 

@@ -63,11 +63,11 @@ class FocalLossFlat(CrossEntropyLossFlat):
 def _focal(weight, label_smoothing, gamma):
     return FocalLossFlat(gamma, weight=weight, label_smoothing=label_smoothing)
 
-# %% ../nbs/04_losses.ipynb #1104f897
+# %% ../nbs/04_losses.ipynb #c4db0fd0
 LOSSES = dict(cross_entropy=_cross_entropy, focal=_focal)  # kind -> function of weight, label_smoothing, gamma
 
 def create_loss(
-    weight: torch.Tensor = None,  # float [k] of `class_weights`; None counts every face the same
+    weight: torch.Tensor | None = None,  # float [k] of `class_weights`; None counts every face the same
     label_smoothing: float = 0.,  # share of the target spread over all classes
     device=None,  # where the weights live
     kind: str = "cross_entropy",  # a name of `LOSSES`

@@ -6,8 +6,8 @@
 __all__ = ['register_model', 'list_models', 'count_parameters', 'create_model', 'ConvNet', 'SEBlock', 'SEResBlock', 'SEResNet',
            'FastResNet', 'FitInput', 'list_bodies', 'input_stats', 'head_parameters']
 
-# %% ../nbs/03_models.ipynb #72dcefb4
-import difflib, inspect, pickle, sys
+# %% ../nbs/03_models.ipynb #30a742a6
+import difflib, inspect, pickle, struct, sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -100,13 +100,13 @@ def create_model(
     fit = FitInput(img_size, n_in, input_stats(arch, pretrained), stats) if stats else FitInput(img_size, n_in)
     return nn.Sequential(OrderedDict(fit=fit, body=body))
 
-# %% ../nbs/03_models.ipynb #aa3a954c
+# %% ../nbs/03_models.ipynb #46dc6328
 def _conv_block(n_in, widths, norm, padding, dropout):
     "Convolutions of the given widths, then a 2x2 pool."
-    layers = []
+    layers: list[nn.Module] = []
     for i, w in enumerate(widths):
-        layers += [nn.Conv2d(n_in, w, 3, padding=padding, bias=not norm)] + [nn.BatchNorm2d(w)]*norm
-        layers += [nn.MaxPool2d(2)]*(i == len(widths) - 1) + [nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(n_in, w, 3, padding=padding, bias=not norm), *[nn.BatchNorm2d(w)]*norm]
+        layers += [*[nn.MaxPool2d(2)]*(i == len(widths) - 1), nn.ReLU(inplace=True)]
         n_in = w
     return nn.Sequential(*layers, *[nn.Dropout(dropout)]*bool(dropout))
 
@@ -137,8 +137,8 @@ class ConvNet(nn.Module):
 
     def forward(self, x): return self.head(self.blocks(x))
 
-# %% ../nbs/03_models.ipynb #2158dac1
-_CONV_NETS = dict(
+# %% ../nbs/03_models.ipynb #d9573530
+_CONV_NETS: dict[str, dict] = dict(
     emotion_detector=dict(hidden=(512, 256, 128, 64), head_dropout=(.4, .2, .1, .5)),
     realtime_net=dict(blocks=((64, 64), (128, 128), (256, 256), (512, 512)), hidden=(), head_dropout=(.5,)),
     sequential=dict(blocks=((32, 64), (128,), (128,)), dropout=(.25, 0., .25), hidden=(1024,), norm=False, padding=0),
@@ -256,7 +256,7 @@ class FitInput(nn.Module):
         if x.shape[-2:] != (self.img_size, self.img_size): x = F.interpolate(x, (self.img_size, self.img_size), mode="bilinear", align_corners=False)
         return x if self.n_in == 1 else x*self.scale + self.shift  # the factors are [1, n_in, 1, 1], so this repeats the face as well
 
-# %% ../nbs/03_models.ipynb #50d798c7
+# %% ../nbs/03_models.ipynb #aebf32e8
 @contextmanager
 def _build_errors(arch, n_in, img_size):
     "What a library says of arguments that it cannot use, as a `ValueError` that names the arch."
@@ -268,6 +268,8 @@ def _tried(body, n_in, img_size):
     "The body, after it has seen one empty face: some fail at a size only then."
     with torch.no_grad(): body.eval()(torch.zeros(1, n_in, img_size, img_size))
     return body.train()
+
+_LOADERS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_cfgs"}  # arguments by which timm loads files that we have not looked at, older versions even pickles
 
 class _Timm(_Library):
     def names(self): return require("timm", "train").list_models()
@@ -281,6 +283,8 @@ class _Timm(_Library):
         timm = require("timm", "train")
         about = timm.get_pretrained_cfg(name)
         if hub and not about.has_weights: raise ValueError(f"no hub holds weights of timm/{name}: pass pretrained=path/to/weights.safetensors")
+        refused = sorted(set(kwargs) & _LOADERS)
+        if refused: raise ValueError(f"timm/{name}: {', '.join(refused)} would load weights from elsewhere; pass pretrained=path/to/weights.safetensors")
         if about.fixed_input_size: kwargs["img_size"] = img_size
         with _build_errors(f"timm/{name}", n_in, img_size), _hub_errors(f"timm/{name}", hub):
             return _tried(timm.create_model(name, pretrained=hub, num_classes=n_classes, in_chans=n_in, **kwargs), n_in, img_size)
@@ -329,7 +333,7 @@ def list_bodies(
     "Names of the networks of timm and torchvision that fit a pattern, as `create_model` takes them."
     return [f"{place}/{name}" for place in ("timm", "torchvision") for name in _LIBRARIES[place].names() if fnmatch(f"{place}/{name}", pattern)]
 
-# %% ../nbs/03_models.ipynb #c7554e5f
+# %% ../nbs/03_models.ipynb #5f4fe43e
 def _read_weights(path):
     "Name -> tensor of a weights file. Nothing in it is run."
     path, kinds = Path(path).expanduser(), (".safetensors", ".pth", ".pt", ".bin")
@@ -337,7 +341,7 @@ def _read_weights(path):
     if not path.is_file(): raise FileNotFoundError(f"there is no weights file {str(path)!r}")
     read, SafetensorError = require("timm.models", "train").load_state_dict, require("safetensors", "train").SafetensorError
     try: state = read(str(path), weights_only=True)
-    except (AttributeError, EOFError, OSError, RuntimeError, SafetensorError, TypeError, ValueError, pickle.UnpicklingError) as e:
+    except (AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SafetensorError, TypeError, ValueError, pickle.UnpicklingError, struct.error) as e:
         raise ValueError(f"{path.name} cannot be read as weights without running code: {str(e).split('. ')[0] or type(e).__name__}") from e
     if not state or not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError(f"{path.name} holds no weights: expected tensors by name")
     if all(k.startswith(("fit.", "body.")) for k in state): return {k.removeprefix("body."): v for k, v in state.items() if k.startswith("body.")}
@@ -409,11 +413,12 @@ def input_stats(
     from fer_nbdev.loaders import FER2013_STATS  # here, because it brings fastai along, which networks do without
     return FER2013_STATS
 
-# %% ../nbs/03_models.ipynb #d8975392
+# %% ../nbs/03_models.ipynb #2bf0a7ca
 def head_parameters(
     model: nn.Module,  # of `create_model`
 ) -> list:
     "Parameters of the part that answers: the final classifier of a pretrained body, the `head` of a network of ours. All others are the body."
     body = model.body if isinstance(model, nn.Sequential) and isinstance(model[0], FitInput) else model
-    ours = not hasattr(body, "get_classifier") and isinstance(getattr(body, "head", None), nn.Module)
-    return [p for m in ([body.head] if ours else _classifiers(body)) for p in m.parameters()]
+    head = getattr(body, "head", None)
+    parts = [head] if isinstance(head, nn.Module) and not hasattr(body, "get_classifier") else _classifiers(body)
+    return [p for m in parts for p in m.parameters()]

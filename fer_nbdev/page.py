@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_answer', 'mount_page']
 
-# %% ../nbs/12a_page.ipynb #6405a84b
+# %% ../nbs/12a_page.ipynb #16d49c20
 import asyncio, base64, csv, io, os, tempfile
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +18,7 @@ import numpy as np
 from .core import Box, Prediction, import_cv2, require, sample_portrait
 from .inference import _COLUMNS, _csv_rows
 from .serve import _knows
-from .service import LiveFaces, Service, _read_upload, predict_images
+from .service import LiveFaces, _read_upload, predict_images
 from .video import annotate_frame
 
 from fastapi import FastAPI, HTTPException
@@ -109,7 +109,7 @@ async def _answer_frame(service, frame, live, model, detector):
     try: return await service._within(asked(), monotonic() + service.limits.seconds), known
     except (ValueError, HTTPException) as e: return f'<style>{_CSS}</style>' + _message(f'{getattr(e, "detail", e)}.'), known
 
-# %% ../nbs/12a_page.ipynb #85a40063
+# %% ../nbs/12a_page.ipynb #cf873cad
 _KEPT = (15, 60) # every so many seconds uploads are deleted that are older than so many
 
 def _theme(gr):
@@ -136,12 +136,12 @@ def _make_page(gr, service, title, examples, streams):
         async def on_photo(*given): return await _answer_photo(service, *given)
         async def on_frame(*given): return await _answer_frame(service, *given)
         tries.click(lambda i: str(examples[i]), tries, photo, show_progress='hidden', api_visibility='private')
-        gr.on([photo.change, model.change, detector.change, tta.change], on_photo, [photo, model, detector, tta], answer, show_progress='minimal', api_visibility='private', 
+        gr.on([photo.change, model.change, detector.change, tta.change], on_photo, [photo, model, detector, tta], answer, show_progress='minimal', api_visibility='private',
               concurrency_limit=service.limits.queue, trigger_mode='always_last')
         camera.stream(on_frame, [camera, live, model, detector], [shown, live], stream_every=.3, time_limit=600, concurrency_limit=streams, show_progress='hidden', api_visibility='private')
     return page.queue(max_size=service.limits.queue)
 
-# %% ../nbs/12a_page.ipynb #795a6cff
+# %% ../nbs/12a_page.ipynb #192764ce
 _POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
            "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; frame-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'")
 
@@ -170,7 +170,7 @@ def mount_page(
     page = _make_page(gr, service, title, [sample_portrait()] if examples is None else examples, service.limits.streams)
     gr.mount_gradio_app(app, page, '/', theme=_theme(gr), max_file_size=service.limits.body_bytes, footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False,
                         auth=(lambda name, password: _knows(tokens, password)) if tokens else None, auth_message='Any name, and a token of this server as the password.' if tokens else None)
-    app.router.default = _Sealed(app.router.routes.pop().app) # after all routes of the API, so that a wrong method there stays a 405
+    app.router.default = _Sealed(app.router.routes.pop().app) # type: ignore[attr-defined] # after all routes of the API, so that a wrong method there stays a 405
     inner = app.router.lifespan_context
     @asynccontextmanager
     async def life(app):

@@ -6,11 +6,13 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'MONITORS', 'Recipe', 'check_recipe', 'create_augment', 'list_recipes', 'read_recipe',
            'plain_recipe', 'write_recipe', 'set_recipe']
 
-# %% ../nbs/04a_recipe.ipynb #a49cf887
+# %% ../nbs/04a_recipe.ipynb #99d52684
 import json
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
+from math import isfinite
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -21,33 +23,33 @@ from .loaders import SAMPLINGS, Augment
 from .losses import LOSSES
 from .models import list_models
 
-# %% ../nbs/04a_recipe.ipynb #09aec4b5
+# %% ../nbs/04a_recipe.ipynb #587aa233
 @dataclass(frozen=True)
 class Recipe:
     "How to train one network. Every field has a default; a yaml file holds those it changes."
     name: str = "custom"
     about: str = ""  # one line for `fer train --list`
     # the faces
-    classes: tuple = None  # keep only these emotions, in this order; None keeps all
-    per_class: dict = None  # faces drawn of each class, by split: {Training: 1000, PublicTest: 100}; None takes all
-    valid: object = "PublicTest"  # split that selects the epoch, several joined by +, or a fraction of Training
-    sampling: str = None  # None, oversample or weighted
+    classes: tuple | None = None  # keep only these emotions, in this order; None keeps all
+    per_class: dict | None = None  # faces drawn of each class, by split: {Training: 1000, PublicTest: 100}; None takes all
+    valid: str | float = "PublicTest"  # split that selects the epoch, several joined by +, or a fraction of Training
+    sampling: str | None = None  # None, oversample or weighted
     augment: dict = field(default_factory=dict)  # arguments of `Augment`; None trains without
     mixup: float = 0.  # strength of mixup (both parameters of the Beta distribution); 0 switches it off
     cutmix: float = 0.  # strength of cutmix, likewise
-    stats: tuple = None  # mean and standard deviation of the pixels; None takes those the network expects
+    stats: tuple | None = None  # mean and standard deviation of the pixels; None takes those the network expects
     # the network
     arch: str = "se_resnet"  # a name of `list_models()`, timm/NAME or torchvision/NAME
     arch_args: dict = field(default_factory=dict)  # arguments of the network
     n_in: int = 1  # channels that the network sees: 1, or 3 for a body that knows colour only
     img_size: int = 48  # side to which the network enlarges the faces
-    pretrained: object = False  # True takes the weights of a hub, a path those of a file
+    pretrained: bool | str = False  # True takes the weights of a hub, a path those of a file
     freeze_epochs: int = 0  # epochs in which only the head of a pretrained network learns, before `epochs`
     lr_mult: float = 1.  # the body's learning rate is the head's divided by this
     # the loss
     loss: str = "cross_entropy"  # a name of `LOSSES`
     gamma: float = 2.  # of the focal loss
-    class_weights: str = None  # None, inverse or effective
+    class_weights: str | None = None  # None, inverse or effective
     label_smoothing: float = 0.
     # the optimiser
     epochs: int = 10
@@ -56,7 +58,7 @@ class Recipe:
     lr: float = .08  # peak learning rate
     momentum: float = .9
     wd: float = 5e-4  # weight decay; norm layers and biases have none
-    clip: float = None  # largest norm of the gradient
+    clip: float | None = None  # largest norm of the gradient
     schedule: str = "one_cycle"  # a name of `SCHEDULES`
     pct_start: float = .25  # share of the run in which the learning rate rises
     schedule_args: dict = field(default_factory=dict)  # factor, patience and min_lr of plateau; decay of inverse, per step
@@ -64,7 +66,7 @@ class Recipe:
     ema: float = .999  # decay of the averaged weights; 0 switches them off
     precision: str = "auto"  # bf16, fp32, or auto: bf16 where the machine has instructions for it
     monitor: str = "accuracy"  # what picks the best epoch and stops early: one of `MONITORS`
-    patience: int = None  # stop after so many epochs without a better `monitor`
+    patience: int | None = None  # stop after so many epochs without a better `monitor`
     seed: int = 0
 
     def __post_init__(self): check_recipe(self)
@@ -78,16 +80,27 @@ SCHEDULES = dict(one_cycle="rise, then fall to nearly nothing, both by a cosine"
 
 MONITORS = dict(accuracy=max, f1_score=max, precision_score=max, recall_score=max, valid_loss=min, train_loss=min)  # metrics, and which end is better
 
-# %% ../nbs/04a_recipe.ipynb #78b8f717
+# %% ../nbs/04a_recipe.ipynb #cb1d634c
 _SCHEDULE_ARGS = dict(plateau=("factor", "patience", "min_lr"), inverse=("decay",))
-_ALLOWED = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, monitor=MONITORS, loss=LOSSES, sampling=(None, *SAMPLINGS),
+_ALLOWED: dict[str, tuple | dict] = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, monitor=MONITORS, loss=LOSSES, sampling=(None, *SAMPLINGS),
                 class_weights=(None, "inverse", "effective"), precision=("auto", "bf16", "fp32"), n_in=(1, 3))
 _ABOVE_ZERO = ("epochs", "bs", "lr", "pct_start", "lr_mult", "clip", "patience")
+
+def _kind(field): return (get_args(field.type) or (field.type,))[0]  # float for `float | None`
+
+_KINDS: dict[type, tuple] = {str: ("a text", str), dict: ("a mapping", dict), tuple: ("a list", (list, tuple))}
+
+def _check_kind(field, value):
+    "Raise ValueError where a field holds another kind of value than it should."
+    kinds = get_args(field.type) or (field.type,)
+    if value is None and (field.default is None or field.name == "augment") or kinds[0] not in _KINDS or kinds[0] is str and kinds[1:2] == (float,): return
+    what, kind = _KINDS[kinds[0]]
+    if not isinstance(value, kind): raise ValueError(f"{field.name}={str(value)[:80]!r}: expected {what}")
 
 def _check_number(name, value, kind):
     "Raise ValueError where a number is of the wrong kind or sign."
     what = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind is int and value != int(value): raise ValueError(f"{name}={value!r}: expected {what}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or kind is int and value != int(value): raise ValueError(f"{name}={value!r}: expected {what}")
     if value < 0 or value == 0 and name in _ABOVE_ZERO: raise ValueError(f"{name}={value!r}: expected {what} above zero")
 
 def _check_keys(name, settings, known):
@@ -95,16 +108,19 @@ def _check_keys(name, settings, known):
     unknown = sorted(set(map(str, settings)) - set(known))
     if unknown: raise ValueError(f"{name} has no setting {', '.join(unknown)}: expected {'among ' + ', '.join(known) if known else 'none'}")
 
+# %% ../nbs/04a_recipe.ipynb #71b625e8
 def check_recipe(
     recipe: Recipe,  # any
 ):
     "Raise `ValueError` naming the field, its value and what is allowed."
+    for f in fields(recipe): _check_kind(f, getattr(recipe, f.name))
     for k, allowed in _ALLOWED.items():
-        if getattr(recipe, k) not in allowed: raise ValueError(f"{k}={getattr(recipe, k)!r}: expected one of {', '.join(map(str, allowed))}")
+        if getattr(recipe, k) not in list(allowed): raise ValueError(f"{k}={getattr(recipe, k)!r}: expected one of {', '.join(map(str, allowed))}")
     if recipe.arch not in list_models() and not str(recipe.arch).startswith(("timm/", "torchvision/")):
         raise ValueError(f"arch={recipe.arch!r}: expected one of {', '.join(list_models())}, timm/NAME or torchvision/NAME")
     for f in fields(recipe):
-        if f.type in (int, float) and not (getattr(recipe, f.name) is None and f.default is None): _check_number(f.name, getattr(recipe, f.name), f.type)
+        value, kind = getattr(recipe, f.name), _kind(f)
+        if kind in (int, float) and not (value is None and f.default is None): _check_number(f.name, value, kind)
     if not 0 < recipe.pct_start < 1 or not 0 <= recipe.ema < 1: raise ValueError(f"pct_start={recipe.pct_start!r}, ema={recipe.ema!r}: expected numbers between 0 and 1")
     if recipe.freeze_epochs and recipe.pretrained is False: raise ValueError(f"freeze_epochs={recipe.freeze_epochs}: there is nothing worth freezing in a network without pretrained weights; set pretrained")
     unknown = [c for c in recipe.classes or () if c not in EMOTIONS]
@@ -112,31 +128,52 @@ def check_recipe(
     _check_keys(f"schedule_args of {recipe.schedule}", recipe.schedule_args, _SCHEDULE_ARGS.get(recipe.schedule, ()))
     create_augment(recipe.augment)
 
-# %% ../nbs/04a_recipe.ipynb #d6e2756c
+# %% ../nbs/04a_recipe.ipynb #3d10145d
 def create_augment(
     settings: dict,  # the `augment` of a recipe; None trains without
 ) -> Augment:
     "An `Augment` of a recipe's dict; None for None. Raises `ValueError` for a setting that it does not have."
     if settings is None: return None
     _check_keys("augment", settings, [f.name for f in fields(Augment)])
-    return Augment(**settings)
+    try: return Augment(**settings)
+    except TypeError as e: raise ValueError(f"augment={str(settings)[:200]}: expected numbers, and two of them for erase ({e})") from None
 
-# %% ../nbs/04a_recipe.ipynb #f2fe0fda
+# %% ../nbs/04a_recipe.ipynb #3a6c473c
 def _is_number(text):
     "True for `5e-4`, which yaml reads as a word."
     try: float(text)
     except ValueError: return False
     return True
 
+class _Loader(yaml.SafeLoader):
+    "Plain yaml, without references to what came before."
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent): raise yaml.YAMLError("a recipe has no references (*name)")
+        return super().compose_node(parent, index)
+
+def _read_yaml(text, where):
+    "What a yaml text holds: texts, numbers, lists and mappings, as JSON could hold them too."
+    if len(text) > _MOST: raise ValueError(f"{where}: {len(text):,} characters, and a recipe has a few thousand; expected at most {_MOST:,}")
+    try:
+        value = yaml.load(text, _Loader)
+        if json.loads(json.dumps(value, allow_nan=False)) == value: return value
+    except (yaml.YAMLError, RecursionError) as e: raise ValueError(f"{where}: not readable as yaml ({e})") from None
+    except (TypeError, ValueError): pass
+    raise ValueError(f"{where}: holds something else than texts, finite numbers, lists and mappings with texts as keys")
+
+_MOST = 100_000
+
 def _from_dict(settings, where):
     "A Recipe of a plain dict; unknown keys are named together with the known ones."
-    kinds = {f.name: f.type for f in fields(Recipe)}
+    kinds = {f.name: _kind(f) for f in fields(Recipe)}
     if not isinstance(settings, dict): raise ValueError(f"{where}: expected a yaml mapping with keys among {', '.join(kinds)}")
     try:
         _check_keys("a recipe", settings, kinds)
-        return Recipe(**{k: float(v) if kinds[k] is float and isinstance(v, str) and _is_number(v) else v for k, v in settings.items()})
+        read: dict[str, Any] = {k: float(v) if kinds[k] is float and isinstance(v, str) and _is_number(v) else v for k, v in settings.items()}
+        return Recipe(**read)
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
+# %% ../nbs/04a_recipe.ipynb #7fb1684f
 def list_recipes() -> dict:
     "Names of the bundled recipes and what each says about itself."
     files = sorted((resources.files("fer_nbdev")/"recipes").iterdir(), key=str)
@@ -149,14 +186,14 @@ def read_recipe(
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         if str(source) not in list_recipes(): raise ValueError(f"unknown recipe {str(source)!r}: expected one of {', '.join(list_recipes())}, or the path of a .yaml file")
-        path = resources.files("fer_nbdev")/"recipes"/f"{source}.yaml"
+        path = Path(str(resources.files("fer_nbdev")))/"recipes"/f"{source}.yaml"
     elif not path.is_file(): raise FileNotFoundError(f"no recipe at {path}")
-    try: settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise ValueError(f"{source}: not readable as yaml ({e})") from None
+    try: settings = _read_yaml(path.read_text(encoding="utf-8"), source)
+    except UnicodeDecodeError as e: raise ValueError(f"{source}: not a text file in UTF-8 ({e})") from None
     if isinstance(settings, dict): settings.setdefault("name", path.name.rsplit(".", 1)[0])
     return _from_dict(settings, source)
 
-# %% ../nbs/04a_recipe.ipynb #d22ceeb6
+# %% ../nbs/04a_recipe.ipynb #dc5d6ae0
 def plain_recipe(
     recipe: Recipe,  # any
 ) -> dict:
@@ -180,7 +217,8 @@ def set_recipe(
         key, eq, value = s.partition("=")
         if not eq: raise ValueError(f"{s!r}: expected key=value")
         outer, _, inner = key.strip().partition(".")
-        value = yaml.safe_load(value)
+        value = _read_yaml(value, "set")
+        if inner and not isinstance(plain.get(outer, {}) or {}, dict): raise ValueError(f"{s!r}: {outer} is no mapping")
         if inner: plain[outer] = {**(plain.get(outer) or {}), inner: value}
         else: plain[outer] = value
     return _from_dict(plain, "set")

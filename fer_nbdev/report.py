@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['plot_answer', 'plot_answers', 'plot_misclassified', 'report_html', 'write_report']
 
-# %% ../nbs/06a_report.ipynb #f9301cdb
-import base64, csv, io, json, re
+# %% ../nbs/06a_report.ipynb #3a7499a2
+import base64, csv, io, json, os, re
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -17,19 +19,19 @@ from .data import FER2013
 from .evaluate import (Evaluation, check_probs, class_curves, compare_models, face_losses, fit_temperature, most_confused,
                                 plot_calibration, plot_confusion, plot_precision_recall, plot_roc, report_text)
 
-# %% ../nbs/06a_report.ipynb #db7b3630
+# %% ../nbs/06a_report.ipynb #197b53ba
 _RIGHT, _WRONG = "0.15", "#c8102e"  # colours of titles
 
 def plot_answer(
     face: np.ndarray,  # uint8, gray [h, w] or RGB [h, w, 3]
     probs: np.ndarray,  # float [k], one row of what the model gave
     classes: tuple = EMOTIONS,  # names of the k classes
-    truth: str = None,  # the true class, where it is known
+    truth: str | None = None,  # the true class, where it is known
     axs=None,  # two matplotlib Axes, for the face and for the bars
 ):
     "One face beside the probability of every class. Returns the two Axes."
     if truth is not None and truth not in classes: raise ValueError(f"unknown class {truth!r}: expected one of {', '.join(classes)}")
-    probs = check_probs(np.atleast_2d(probs), [0], classes)[0]
+    probs = check_probs(np.atleast_2d(probs), np.array([0]), classes)[0]
     if axs is None:
         import matplotlib.pyplot as plt
         _, axs = plt.subplots(1, 2, figsize=(4.8, 2.2), layout="constrained")
@@ -82,7 +84,7 @@ def plot_answers(
     rows = np.sort(np.random.default_rng(seed).permutation(len(table))[:n])
     return _draw_faces(table, probs, rows, axs)
 
-# %% ../nbs/06a_report.ipynb #f9777425
+# %% ../nbs/06a_report.ipynb #6ef5fa9b
 def _mistakes(table, probs):
     "Row numbers of the wrong answers, highest loss first, and the loss of every row; checked `probs` expected."
     losses = face_losses(probs, table.emotion)
@@ -94,7 +96,7 @@ def plot_misclassified(
     probs: np.ndarray,  # float [len(table), k], what the model gave for them
     n: int = 24,  # at most so many faces
     axs=None,  # matplotlib Axes to draw into, one a face
-    numbers: np.ndarray = None,  # int [len(table)], what to call the rows; None counts from 0
+    numbers: np.ndarray | None = None,  # int [len(table)], what to call the rows; None counts from 0
 ):
     "The wrong answers with the highest loss, most surprising first. Returns the Axes as an array; where no answer is wrong, one of them says so."
     probs = check_probs(probs, table.emotion, table.classes)
@@ -105,7 +107,7 @@ def plot_misclassified(
     if not len(rows): axs.flat[0].text(.5, .5, f"all {len(table):,} answers are right", transform=axs.flat[0].transAxes, ha="center", va="center", fontsize=9)
     return axs
 
-# %% ../nbs/06a_report.ipynb #36298614
+# %% ../nbs/06a_report.ipynb #c64d18c2
 def _png(face):
     "A face uint8 [h, w] as the address of a picture."
     return "data:image/png;base64," + base64.b64encode(import_cv2().imencode(".png", face)[1]).decode()
@@ -117,7 +119,7 @@ def _svg(name, label, draw):
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     ink, line = list(_COLOURS)[-2:]
-    theme = {k: ink for k in ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")} | {k: line for k in ("axes.edgecolor", "xtick.color", "ytick.color")}
+    theme: dict[Any, Any] = {k: ink for k in ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")} | {k: line for k in ("axes.edgecolor", "xtick.color", "ytick.color")}
     cycle = require("cycler", "train").cycler(color=list(_COLOURS)[:8])
     with rc_context(theme | {"axes.prop_cycle": cycle, "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
         figure, out = Figure(figsize=(3.7, 3.4), layout="constrained"), io.StringIO()
@@ -311,7 +313,7 @@ def _pairs(e, n=8, n_faces=6):
         found.append((true, answer, count, share, _faces(e, rows[np.argsort(-e.probs[rows, a], kind="stable")][:n_faces])))
     return found
 
-# %% ../nbs/06a_report.ipynb #7afdce67
+# %% ../nbs/06a_report.ipynb #c1827c4b
 def _compared(e, second, n_faces, rng):
     "The comparison and the faces on which just one model is right, drawn at random."
     one, two = (p.argmax(1) == e.table.emotion for p in (e.probs, second))
@@ -321,7 +323,7 @@ def _compared(e, second, n_faces, rng):
 
 def report_html(
     e: Evaluation,  # of `evaluate_model`
-    other: Evaluation = None,  # of a second model on the same faces, to compare with
+    other: Evaluation | None = None,  # of a second model on the same faces, to compare with
     n_faces: int = 24,  # faces in each gallery
     seed: int = 0,  # draws the random ones
 ) -> str:
@@ -368,11 +370,11 @@ def _write_predictions(path, e):
         for i, row in enumerate(e.rows): w.writerow([row, t.usage[i], t.classes[t.emotion[i]], t.classes[said[i]], int(said[i] == t.emotion[i]),
             f"{e.probs[i, said[i]]:.4f}", f"{losses[i]:.4f}", *(f"{p:.4f}" for p in e.probs[i])])
 
-# %% ../nbs/06a_report.ipynb #fb05a4ef
+# %% ../nbs/06a_report.ipynb #16c2b1fe
 def write_report(
     out,  # folder, made where it is missing; its files of these names are replaced
     e: Evaluation,  # of `evaluate_model`
-    other: Evaluation = None,  # of a second model on the same faces, to compare with
+    other: Evaluation | None = None,  # of a second model on the same faces, to compare with
     n_faces: int = 24,  # faces in each gallery of the page
     seed: int = 0,  # draws the random ones
 ) -> dict:
@@ -384,8 +386,11 @@ def write_report(
     if out.exists() and not out.is_dir(): raise ValueError(f"{str(out)!r} is a file: expected a folder for the report")
     html, result = report_html(e, other, n_faces, seed), e.to_dict(other)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in e.scores.items() if isinstance(v, (int, float)))
-    for name, text in {"report.html": html, "scores.json": json.dumps(result, indent=1), "report.txt": f"{e.title}\n{numbers}\n\n{report_text(e.scores)}"}.items():
-        with write_whole(out/name) as tmp: tmp.write_text(text, encoding="utf-8")
-    _write_predictions(out/"predictions.csv", e)
-    _draw_pictures(out, e)
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out, prefix=".report-") as folder:  # drawing takes a second; until all is there the old report stays
+        for name, text in {"scores.json": json.dumps(result, indent=1), "report.txt": f"{e.title}\n{numbers}\n\n{report_text(e.scores)}", "report.html": html}.items():
+            with write_whole(Path(folder)/name) as tmp: tmp.write_text(text, encoding="utf-8")
+        _write_predictions(Path(folder)/"predictions.csv", e)
+        _draw_pictures(Path(folder), e)
+        for file in Path(folder).iterdir(): os.replace(file, out/file.name)
     return result

@@ -148,7 +148,7 @@ def at(self: Robustness,
     name = f"{self.clean.about['model']}, {corruption} {c.strengths[severity - 1]:g} {c.unit}"
     return Evaluation(table, probs, scores, self.clean.about | dict(model=name), self.clean.rows)
 
-# %% ../nbs/07b_robustness.ipynb #06ed431b
+# %% ../nbs/07b_robustness.ipynb #16cd58ca
 def evaluate_robustness(
     model,  # a bundled name, model folder, ONNX file, `Predictor`, fastai learner, or function from uint8 [n, 48, 48] to float [n, k]
     table: FER2013,  # faces and labels
@@ -156,8 +156,8 @@ def evaluate_robustness(
     *,
     corruptions=None,  # names of `CORRUPTIONS`, or a dict of `Corruption`; None takes all
     seed: int = 0,  # of `corrupt`
-    classes: tuple = None,  # of an ONNX file without card, or of a function; None: those of the table
-    name: str = None,  # what to call the model; None: what its card says
+    classes: tuple | None = None,  # of an ONNX file without card, or of a function; None: those of the table
+    name: str | None = None,  # what to call the model; None: what its card says
     **options,  # of `Predictor`, for a model that is given by name or path: tta, threads, providers
 ) -> Robustness:
     "Ask a model about a split as it is and under every corruption at every severity. Raises what `evaluate_model` raises, and `ValueError` for an unknown corruption."
@@ -278,11 +278,11 @@ def plot_agreement(
     ax.legend(frameon=False, fontsize=7)
     return ax
 
-# %% ../nbs/07b_robustness.ipynb #e30fa178
+# %% ../nbs/07b_robustness.ipynb #e9b916af
 def accuracy_by_group(
     evaluation: Evaluation,  # of `evaluate_model` or `Robustness.at`
     groups,  # a value for each of its faces, in the order of `evaluation.table`
-    emotion: str = None,  # a class: also count how often faces of other classes are given it
+    emotion: str | None = None,  # a class: also count how often faces of other classes are given it
     n_resamples: int = 2000,  # draws for the intervals
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:

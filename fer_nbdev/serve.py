@@ -61,7 +61,7 @@ def _request_classes(models, detectors, limits):
 _BOX_PATTERN = r'^-?[0-9]{1,9}(\.[0-9]{1,9})?(,-?[0-9]{1,9}(\.[0-9]{1,9})?){3}$'
 _PIXEL = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==' # a gray PNG of 1 x 1
 
-# %% ../nbs/12_serve.ipynb #dc796594
+# %% ../nbs/12_serve.ipynb #8dce2af3
 def _read_form(body, content_type, most):
     "A multipart body -> a list of (field, value, file name): value is bytes, file name None for a text field"
     from python_multipart import FormParser
@@ -73,7 +73,7 @@ def _read_form(body, content_type, most):
         found.append(((part.field_name or b'').decode('utf-8', 'replace'), value, name))
     kind, options = parse_options_header(content_type)
     try:
-        parser = FormParser(kind.decode('latin-1'), lambda f: add(f, None, f.value or b''), lambda f: add(f, (f.file_name or b'').decode('utf-8', 'replace'), f.file_object.getvalue()), 
+        parser = FormParser(kind.decode('latin-1'), lambda f: add(f, None, f.value or b''), lambda f: add(f, (f.file_name or b'').decode('utf-8', 'replace'), f.file_object.getvalue()), # type: ignore[union-attr]
                             boundary=options.get(b'boundary'), config={'MAX_MEMORY_FILE_SIZE': len(body) + 1, 'MAX_BODY_SIZE': len(body) + 1})
         parser.write(body)
         parser.finalize()
@@ -82,7 +82,8 @@ def _read_form(body, content_type, most):
 
 def _form_to_dict(parts):
     "The parts of a form -> what pydantic shall check: text that is no number or truth value stays text, and is refused there"
-    asked, words = {}, {'true': True, 'false': False}
+    asked: dict[str, Any] = {}
+    words = {'true': True, 'false': False}
     for field, value, name in parts:
         if field == 'images': asked.setdefault(field, []).append((value if name is not None else 'a text', name)); continue # no text: pydantic refuses it
         text = value.decode('utf-8', 'replace')
@@ -199,7 +200,7 @@ class _Job:
     ended: float = math.inf # when, on the clock of monotonic()
     stopped: bool = False
 
-# %% ../nbs/12_serve.ipynb #92748946
+# %% ../nbs/12_serve.ipynb #cedfa8b7
 _VIDEO = re.compile(rb'.{4}(?:ftyp|moov|mdat|wide|free)|\x1aE\xdf\xa3|RIFF.{4}AVI |OggS', re.S)
 
 def _open_video(path, limits):
@@ -207,7 +208,7 @@ def _open_video(path, limits):
     with open(path, 'rb') as file: head = file.read(16)
     if not _VIDEO.match(head): raise ValueError('the file is not an MP4, MOV, MKV, WebM, AVI or Ogg video')
     reader, cv2 = VideoReader(path, end=limits.video_seconds), import_cv2()
-    width, height = (reader.capture.get(p) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+    width, height = (reader.capture.get(p) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)) # type: ignore[union-attr]
     if reader.count and (long := reader.count / reader.fps) > limits.video_seconds: problem = f'lasts {long:.0f} s, more than {limits.video_seconds:g} s'
     elif width * height > limits.pixels: problem = f'has frames of {width:.0f} x {height:.0f} pixels, more than {limits.pixels:,}'
     else: return reader
@@ -236,7 +237,7 @@ def _work_on_video(job, predictor, every, annotate, limits):
         path.unlink(missing_ok=True)
         job.ended = monotonic()
 
-# %% ../nbs/12_serve.ipynb #d1f70419
+# %% ../nbs/12_serve.ipynb #9bffcee3
 class _Videos:
     "The jobs of a server"
     def __init__(self, service):
@@ -250,7 +251,7 @@ class _Videos:
         open_jobs = sum(job.ended == math.inf for job in self.jobs.values())
         if open_jobs >= self.limits.videos: raise _refusal(429, f'{open_jobs} videos are waiting', 10)
         name = secrets.token_hex(16)
-        job = self.jobs[name] = _Job(VideoJob(id=name, status='waiting', progress=0.), self.folder/name)
+        job = self.jobs[name] = _Job(VideoJob(id=name, status='waiting', progress=0., error=None, people=None, annotated=False), self.folder/name)
         job.folder.mkdir()
         try:
             with open(job.folder/'video', 'wb') as file:
@@ -283,7 +284,7 @@ class _Videos:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self._temp.cleanup()
 
-# %% ../nbs/12_serve.ipynb #563fbfc2
+# %% ../nbs/12_serve.ipynb #f8bebd3b
 class ModelCard(BaseModel):
     "A model, as its card describes it"
     name: str
@@ -317,20 +318,20 @@ def _add_small_routes(app, guard, service):
         if not service.ready: raise _refusal(503, 'the server is starting or stopping')
         return Health(status='ok')
 
-    @app.get('/metrics', summary='Counters in the format of Prometheus', tags=['operation'], dependencies=guard, response_class=Response, 
+    @app.get('/metrics', summary='Counters in the format of Prometheus', tags=['operation'], dependencies=guard, response_class=Response,
              responses={200: {'content': {'text/plain': {'schema': {'type': 'string'}}}, 'description': 'Counters'}} | _refusals(*[401] * len(guard)))
     async def metrics(): return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get('/v1/models', summary='Models, detectors and limits', tags=['faces'], dependencies=guard, responses=_refusals(*[401] * len(guard)))
     async def models() -> ModelList: return _list_models(service)
 
-# %% ../nbs/12_serve.ipynb #441f7f2e
+# %% ../nbs/12_serve.ipynb #f196f2fc
 def _add_predict(app, guard, service, classes):
     kinds = {'application/json': classes[0], 'multipart/form-data': classes[1]}
-    body = {'required': True, 'content': {kind: {'schema': {'$ref': f'#/components/schemas/{cls.__name__}'}} for kind, cls in kinds.items()}}
+    body: dict[str, Any] = {'required': True, 'content': {kind: {'schema': {'$ref': f'#/components/schemas/{cls.__name__}'}} for kind, cls in kinds.items()}}
     body['content']['application/json']['example'] = {'images': [{'data': _PIXEL, 'name': 'pixel.png'}], 'top_k': 3}
 
-    @app.post('/v1/predict', summary='The emotion of every face in one or several images', tags=['faces'], dependencies=guard, 
+    @app.post('/v1/predict', summary='The emotion of every face in one or several images', tags=['faces'], dependencies=guard,
               openapi_extra={'requestBody': body}, responses=_refusals(*[401] * len(guard), 408, 413, 415, 422, 429, 503))
     async def predict(request: Request) -> PredictAnswer:
         async with service.intake.body(request) as body:
@@ -343,7 +344,7 @@ def _add_video(app, guard, service, videos):
     Id = Annotated[str, PathParameter(pattern='^[0-9a-f]{32}$', description='of the job', examples=['0' * 32])]
     binary = {kind: {'schema': {'type': 'string', 'format': 'binary'}} for kind in ('application/octet-stream', 'video/mp4')}
 
-    @app.post('/v1/video', summary='Begin the work on a video', status_code=202, openapi_extra={'requestBody': {'required': True, 'content': binary}}, 
+    @app.post('/v1/video', summary='Begin the work on a video', status_code=202, openapi_extra={'requestBody': {'required': True, 'content': binary}},
               responses=_refusals(*refuse, 408, 413, 415, 422, 429), **tag)
     async def begin(request: Request, response: Response, model: Model = list(service.models)[0], detector: Detector = 'auto',
                     every: Annotated[int, Query(ge=1, le=1000, description='look for faces in every so manieth frame, and follow them in between')] = 3,
@@ -362,7 +363,7 @@ def _add_video(app, guard, service, videos):
 
     _add_results(app, videos, Id, refuse, tag)
 
-# %% ../nbs/12_serve.ipynb #8db4a807
+# %% ../nbs/12_serve.ipynb #93159f6c
 def _file_route(videos, Id, file, kind):
     async def result(job: Id):
         found = videos.find(job)
@@ -373,7 +374,7 @@ def _file_route(videos, Id, file, kind):
 
 def _add_results(app, videos, Id, refuse, tag):
     for file, kind, what in (('faces.csv', 'text/csv', 'A row for each face and frame'), ('annotated.mp4', 'video/mp4', 'The video with boxes and labels')):
-        app.get('/v1/video/{job}/' + file, summary=what, response_class=FileResponse, responses={200: {'content': {kind: {'schema': {'type': 'string', 'format': 'binary'}}}, 
+        app.get('/v1/video/{job}/' + file, summary=what, response_class=FileResponse, responses={200: {'content': {kind: {'schema': {'type': 'string', 'format': 'binary'}}},
                 'description': what}} | _refusals(*refuse, 404, 409, 422), **tag)(_file_route(videos, Id, file, kind))
 
 # %% ../nbs/12_serve.ipynb #6187d652
@@ -430,11 +431,11 @@ class _Counted:
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(monotonic() - start)
 
-# %% ../nbs/12_serve.ipynb #2c3f2397
-_ABOUT = """Facial emotion recognition. `POST /v1/predict` answers for images, `POST /v1/video` for videos. 
+# %% ../nbs/12_serve.ipynb #e9a27ecd
+_ABOUT = """Facial emotion recognition. `POST /v1/predict` answers for images, `POST /v1/video` for videos.
 
-Live frames go over the websocket `/v1/stream?model=&detector=&every=`: send image files as binary messages, get a `FrameAnswer` as text for each that was answered; 
-a frame that comes before the last one is answered replaces the one that waits. A token goes into the `Authorization` header, or, in a browser, 
+Live frames go over the websocket `/v1/stream?model=&detector=&every=`: send image files as binary messages, get a `FrameAnswer` as text for each that was answered;
+a frame that comes before the last one is answered replaces the one that waits. A token goes into the `Authorization` header, or, in a browser,
 into the subprotocols: `new WebSocket(url, ["fer.v1", "bearer.TOKEN"])`. No image is stored or logged."""
 
 def _with_components(app, classes):
@@ -472,7 +473,7 @@ def _life(service, videos):
             await asyncio.gather(opening, sweeping, return_exceptions=True)
     return life
 
-# %% ../nbs/12_serve.ipynb #29c18384
+# %% ../nbs/12_serve.ipynb #9b011c3d
 def create_app(
     models=None, # names of bundled models and model folders, or name -> what `Predictor` takes; default: all bundled ones
     *,
@@ -490,7 +491,7 @@ def create_app(
     service = Service(_name_models(models), detectors, limits, batch_wait, workers)
     videos, classes = _Videos(service), _request_classes(list(service.models), detectors, limits)
     app = FastAPI(title='fer_nbdev', version=__version__, description=_ABOUT, docs_url=None, redoc_url=None, lifespan=_life(service, videos))
-    app.state.service, app.state.videos, app.state.tokens, app.openapi = service, videos, tokens, _with_components(app, (*classes, FrameAnswer))
+    app.state.service, app.state.videos, app.state.tokens, app.openapi = service, videos, tokens, _with_components(app, (*classes, FrameAnswer)) # type: ignore[method-assign]
     _add_small_routes(app, guard, service)
     _add_predict(app, guard, service, classes)
     _add_video(app, guard, service, videos)

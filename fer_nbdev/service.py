@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 
-# %% ../nbs/11a_service.ipynb #0918d19c
+# %% ../nbs/11a_service.ipynb #52fbd9b9
 @dataclass(frozen=True)
 class Limits:
     "What a server takes of one client, and how much at once of all; every number is above zero"
@@ -55,14 +55,14 @@ class Limits:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (int, f.type)) or not 0 < value < math.inf:
+            value, kinds = getattr(self, f.name), (int,) if f.type is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
                 raise ValueError(f'{f.name} must be {"a whole number" if f.type is int else "a number"} above zero, got {value!r}')
 
-# %% ../nbs/11a_service.ipynb #8b93bf15
+# %% ../nbs/11a_service.ipynb #48ca550b
 _REFUSALS = {
     401: 'The token is missing or not known', 404: 'There is no such job, or no longer', 408: 'The upload took too long', 409: 'The job is not done, failed, or was not asked for this', 413: 'The upload is too large',
-    415: 'The body is of another type', 422: 'The request is not what this document describes', 429: 'There is too much to do: come again later', 
+    415: 'The body is of another type', 422: 'The request is not what this document describes', 429: 'There is too much to do: come again later',
     503: 'The answer took too long, or the server is starting or stopping: come again later'}
 
 def _refusal(status, detail, after=1):
@@ -109,8 +109,8 @@ class _Intake:
             yield b''.join(parts)
         finally: self.held -= size
 
-# %% ../nbs/11a_service.ipynb #22746253
-_BOX = {'examples': [[155, 106, 375, 326]], 'description': 'x0, y0, x1, y1 in pixels of the upright image, the last two exclusive'}
+# %% ../nbs/11a_service.ipynb #dcb27e42
+_BOX: dict[str, Any] = {'examples': [[155, 106, 375, 326]], 'description': 'x0, y0, x1, y1 in pixels of the upright image, the last two exclusive'}
 
 class Face(BaseModel):
     "A face, and what the model says of it"
@@ -144,15 +144,15 @@ def _face(pred, top_k=100):
     "A `Prediction` as JSON has it; its probabilities are in the order of the classes, or in their own where some are left out"
     return Face(**pred.to_dict() | {'probs': dict(pred.top_k(top_k)) if top_k < len(pred.probs) else pred.probs})
 
-# %% ../nbs/11a_service.ipynb #6aef03ab
+# %% ../nbs/11a_service.ipynb #ffb85f64
 _IMAGE = re.compile(rb'\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|GIF8[79]a|BM|II\*\0|MM\0\*', re.S)
 
 @dataclass(frozen=True)
 class _Look:
     "What was seen in an image: its size, the boxes and crops of its faces, and how many more there are; or an error"
     size: tuple = (None, None)
-    boxes: list = ()
-    crops: dict = None
+    boxes: list | tuple = ()
+    crops: dict | None = None
     left_out: int = 0
     error: ImageError | None = None
 
@@ -174,7 +174,7 @@ def _look(predictor, data, boxes, limits):
     found, crops = predictor._look(image, boxes)
     return _Look(size, found[:most], {side: c[:most] for side, c in crops.items()}, max(0, len(found) - most))
 
-# %% ../nbs/11a_service.ipynb #2470d8f2
+# %% ../nbs/11a_service.ipynb #7f3bc5fe
 class _Gathering:
     "What waits, and who is coming"
     def __init__(self, wait, most):
@@ -183,7 +183,7 @@ class _Gathering:
         self.wait, self.most, self.coming, self.items, self.changed = wait, most, 0, deque(), asyncio.Event()
 
     @contextmanager
-    def announce(self): 
+    def announce(self):
         "Say that an item is coming, so that others wait for it; it counts until it is here or the block ends. Yields a function to call just before it is handed in"
         left = [1]
         def here(): self.coming -= left[0]; left[0] = 0; self.changed.set()
@@ -199,7 +199,7 @@ class _Gathering:
             with suppress(asyncio.TimeoutError): await asyncio.wait_for(self.changed.wait(), left)
         return [self.items.popleft() for _ in range(min(self.most, len(self.items)))]
 
-# %% ../nbs/11a_service.ipynb #9a5a8fe6
+# %% ../nbs/11a_service.ipynb #9c1b5715
 class MicroBatcher(_Gathering):
     "Answers the items of concurrent callers together. It belongs to one event loop; the work is done in a thread."
     def __init__(self,
@@ -209,7 +209,8 @@ class MicroBatcher(_Gathering):
         pool: ThreadPoolExecutor | None = None, # where `run` works; default: the loop's own threads
     ):
         super().__init__(wait, most)
-        self.run, self.pool, self._task = run, pool, None
+        self.run, self.pool = run, pool
+        self._task: asyncio.Task | None = None
 
     async def __call__(self,
         item, # what `run` takes
@@ -231,13 +232,13 @@ class MicroBatcher(_Gathering):
                 if not future.done(): future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
         self._task = None
 
-# %% ../nbs/11a_service.ipynb #e2f31acf
+# %% ../nbs/11a_service.ipynb #646a333f
 class _Metrics:
     "What the server counts; one registry for each application"
     def __init__(self):
         r = self.registry = CollectorRegistry()
         self.requests = Counter('fer_requests', 'Requests by path and status', ['path', 'status'], registry=r)
-        self.seconds = Histogram('fer_request_seconds', 'From the head of a request to the end of its answer', ['path'], registry=r, 
+        self.seconds = Histogram('fer_request_seconds', 'From the head of a request to the end of its answer', ['path'], registry=r,
                                  buckets=(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30))
         self.images = Counter('fer_images', 'Images by outcome', ['outcome'], registry=r)
         self.faces = Counter('fer_faces', 'Faces by model', ['model'], registry=r)
@@ -346,7 +347,7 @@ async def predict_images(
     service.metrics.faces.labels(model).inc(sum(len(a.faces) for a in answers))
     return PredictAnswer(model=model, images=answers, milliseconds=round(1000 * (monotonic() - start), 1))
 
-# %% ../nbs/11a_service.ipynb #bf260830
+# %% ../nbs/11a_service.ipynb #f103b268
 class LiveFaces:
     "Follows the faces of frames that come one by one; for one thread at a time"
     def __init__(self,
@@ -354,7 +355,8 @@ class LiveFaces:
         every: int = 1, # look for faces in every so manieth frame
     ):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f'every must be a whole number of 1 or more, got {every!r}')
-        self._next, self.count, self._begin = None, 0, monotonic()
+        self.count, self._begin = 0, monotonic()
+        self._next: Frame | None = None
         self._steps = _predict_frames(iter(lambda: self._next, None), predictor, every, FaceTracker(min_hits=1), ProbabilitySmoother(), CutDetector())
 
     def __call__(self,

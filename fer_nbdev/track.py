@@ -96,7 +96,7 @@ class _Track:
         self.motion.update(box)
         self.seen, self.hits = time, self.hits + 1
 
-# %% ../nbs/10a_track.ipynb #e78634d1
+# %% ../nbs/10a_track.ipynb #f1a41ba1
 class FaceTracker:
     """Give the boxes of successive frames the numbers of persons: 1, 2, 3 ..., never used again.
 
@@ -116,10 +116,10 @@ class FaceTracker:
         boxes, # the faces of this frame (x0, y0, x1, y1), in any order
         time: float, # its time in seconds, later than the last one's
     ) -> dict[int, Box]: # the box of each number; it may reach outside the image
-        "Take in the detections of a frame. Raises a `ValueError` for a time that does not go on and for boxes without area."
+        "Take in the detections of a frame. Raises a `ValueError` for a time that does not go on and for boxes without area or end."
         boxes = [tuple(map(float, b)) for b in boxes]
         if not self.time < time < math.inf: raise ValueError(f'time must go on from {self.time:g} s, got {time!r}; for another video call reset()')
-        if any(not (x1 > x0 and y1 > y0) for x0, y0, x1, y1 in boxes): raise ValueError(f'each box must be (x0, y0, x1, y1) with x1 > x0 and y1 > y0, got {boxes}')
+        if any(not (math.inf > x1 > x0 > -math.inf and math.inf > y1 > y0 > -math.inf) for x0, y0, x1, y1 in boxes): raise ValueError(f'each box must be (x0, y0, x1, y1) with x1 > x0 and y1 > y0, got {boxes}')
         self.time = time
         for t in self._tracks: t.motion.predict(time)
         pairs = assign(_costs(self._tracks, boxes, time, self.max_distance))

@@ -6,7 +6,7 @@
 __all__ = ['FERLearner', 'decay_groups', 'depth_groups', 'group_lrs', 'schedule_cbs', 'fer_learner', 'describe_data',
            'prepare_table', 'keep_freed_memory', 'train', 'load_run', 'fold_tables', 'cross_validate']
 
-# %% ../nbs/05_train.ipynb #971a43ec
+# %% ../nbs/05_train.ipynb #c2cb6ede
 import ctypes, hashlib, json, platform, shutil, subprocess, sys
 from dataclasses import replace
 from datetime import date
@@ -22,38 +22,39 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, SchedNo, combine_scheds, combined_cos  # patches lr_find into Learner too
 from fastai.callback.training import GradientClip
-import fastai.vision.learner  # teaches show_results and plot_top_losses to draw images
+import fastai.vision.learner  # noqa: F401 - teaches show_results and plot_top_losses to draw images
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy, skm_to_fastai
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import norm_types, set_seed
+from fastai.torch_core import norm_types, num_distrib, rank_distrib, set_seed
 from fastcore.basics import noop
 from fastcore.foundation import L
-from safetensors.torch import load_file
 from sklearn.metrics import f1_score, precision_score, recall_score
 from sklearn.model_selection import StratifiedKFold
 
-from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint
+from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
 from .core import write_whole
 from .data import FER2013, draw_per_class, select_classes
+from .distributed import distribute, from_rank0, start_ranks
 from .loaders import fer_dls
 from .losses import class_weights, create_loss
 from .models import count_parameters, create_model, head_parameters, input_stats
 from .recipe import OPTIMIZERS, Recipe, create_augment, plain_recipe, read_recipe
 
-# %% ../nbs/05_train.ipynb #960089dd
+# %% ../nbs/05_train.ipynb #280ac5f8
 class FERLearner(Learner):
     "A fastai `Learner` that can begin a fit at `first_epoch`."
     first_epoch = 0
 
     def _do_fit(self):
+        if bar := getattr(getattr(self, "progress", None), "mbar", None): bar.update(0)  # begins where every bar does, also that of a resumed fit
         for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
-# %% ../nbs/05_train.ipynb #9efdb45d
+# %% ../nbs/05_train.ipynb #fab8e9d5
 def decay_groups(
     model: torch.nn.Module,  # the network to be optimised
-    parameters: list = None,  # some of its parameters; None takes all
+    parameters: list | None = None,  # some of its parameters; None takes all
 ) -> list:
     "Two parameter groups: those with weight decay, and norm layers and biases, which have none."
     parameters = list(model.parameters()) if parameters is None else parameters
@@ -78,13 +79,13 @@ def group_lrs(
     if recipe.lr_mult == 1: return np.full(2, recipe.lr)
     return recipe.lr / np.repeat([recipe.lr_mult, recipe.lr_mult**.5, 1.], 2)
 
-# %% ../nbs/05_train.ipynb #9e7ce34b
+# %% ../nbs/05_train.ipynb #c2903827
 def _create_optimizer(recipe):
     "The optimiser of a recipe as fastai takes it."
     opt, m = OPTIMIZERS[recipe.optimizer], recipe.momentum
     if not isinstance(opt, type): return partial(opt, mom=m)  # fastai's own
     named = dict(sgd=dict(momentum=m, nesterov=m > 0), rmsprop=dict(momentum=m), adagrad={}).get(recipe.optimizer, dict(betas=(m, .999)))
-    if recipe.optimizer in ("sgd", "adam", "adamw"): named["fused"] = True  # one pass over the weights instead of several
+    if recipe.optimizer in ("sgd", "adam", "adamw") and not recipe.freeze_epochs: named["fused"] = True  # one pass over the weights; that of SGD fails where some begin later
     return partial(OptimWrapper, opt=opt, **named)
 
 def _create_schedule(recipe, lr, steps):
@@ -137,7 +138,7 @@ def fer_learner(
     return FERLearner(dls, model, loss, _create_optimizer(recipe), lr=recipe.lr, splitter=decay_groups if recipe.lr_mult == 1 else depth_groups,
                       wd_bn_bias=True, metrics=_metrics(), cbs=_recipe_cbs(recipe, model, dls.device) + L(kwargs.pop("cbs", None)), **kwargs)
 
-# %% ../nbs/05_train.ipynb #82f8695e
+# %% ../nbs/05_train.ipynb #4b250b5d
 def describe_data(
     table: FER2013,  # the data of a run
 ) -> dict:
@@ -146,17 +147,23 @@ def describe_data(
     return dict(source=Path(table.source).name or "table", classes=list(table.classes), sha256=digest,
                 rows={u: int((table.usage == u).sum()) for u in np.unique(table.usage).tolist()})
 
+def _describe_same_data(table):
+    "`describe_data`, after a look at whether all ranks have read the same."
+    data = describe_data(table)
+    if from_rank0(data.get, "sha256") != data["sha256"]: raise ValueError(f"rank {rank_distrib()} has read other data than rank 0: {data['source']}, {data['rows']}")
+    return data
+
 def _describe_machine(device):
     "Processor or GPU, threads and versions."
     from fer_nbdev import __version__
     name = platform.processor() or platform.machine()
     if torch.device(device).type == "cuda": name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists(): name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), name)
+    elif Path("/proc/cpuinfo").exists(): name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=str(resources.files("fer_nbdev")), capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return dict(hardware=f"{name}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}" if torch.device(device).type == "cpu" else name, commit=commit or f"v{__version__}",
                 versions={m.__name__: m.__version__ for m in (torch, np)} | dict(fer_nbdev=__version__, python=platform.python_version()))
 
-# %% ../nbs/05_train.ipynb #9bcc06ce
+# %% ../nbs/05_train.ipynb #bb6d76d1
 def prepare_table(
     recipe: Recipe,  # its classes, per_class and seed
     table: FER2013,  # all there is
@@ -179,6 +186,11 @@ def _choose_recipe(out, recipe, resume):
     if recipe is None and not begun: raise ValueError(f"{out} holds no run to resume: give a recipe")
     if recipe is None: return read_recipe(out/"recipe.yaml")
     return recipe if recipe.stats else replace(recipe, stats=input_stats(recipe.arch, recipe.pretrained))
+
+def _read_checkpoint(out, recipe, data):
+    "The checkpoint of a run that is resumed, None of one that begins; refuses another recipe or other data."
+    if (out/"run.json").exists(): _check_same(out, recipe, data)
+    return load_checkpoint(out/"last.safetensors") if (out/"last.safetensors").exists() else None
 
 # %% ../nbs/05_train.ipynb #2f043eb4
 def _match_layout(state):
@@ -205,13 +217,13 @@ def keep_freed_memory():
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # numbers of malloc.h
     mallopt(mmap_max, 0); mallopt(trim_threshold, 2**31 - 1); mallopt(top_pad, 2**28)
 
-# %% ../nbs/05_train.ipynb #a910f5f2
+# %% ../nbs/05_train.ipynb #1694a67c
 def _run_cbs(recipe, out, rows, progress, track, about):
     "The callbacks that write a run down."
     ema = EMA(recipe.ema) if recipe.ema else None
-    cbs = [*L(ema), History(out, rows, verbose=not progress), Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
+    cbs = [*L(ema), History(out, rows, verbose=not progress and not rank_distrib()), Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
     if recipe.patience: cbs.append(EarlyStop(recipe.patience, recipe.monitor))
-    if track: cbs.append(create_tracker(track, out, about))
+    if track and not rank_distrib(): cbs.append(create_tracker(track, out, about))
     return cbs
 
 def train(
@@ -220,37 +232,41 @@ def train(
     out,  # folder of the run
     resume: bool = False,  # go on where the run in `out` stopped; begins it where there is none
     device=None,  # torch device; None takes the GPU where there is one
-    progress: bool = None,  # progress bar; None shows one in a notebook or terminal, and prints lines elsewhere
-    track: str = None,  # also write to a tracker: tensorboard or wandb
-    cbs: list = None,  # further fastai callbacks
+    progress: bool | None = None,  # progress bar; None shows one in a notebook or terminal, and prints lines elsewhere
+    track: str | None = None,  # also write to a tracker: tensorboard or wandb
+    cbs: list | None = None,  # further fastai callbacks
 ) -> FERLearner:
     """Train by a recipe and return the learner with the best weights (of the epoch with the best `monitor` on the validation faces).
 
     `out` receives recipe.yaml, run.json (data, machine, commit, time), history.csv and .json, curves.png, last.safetensors and
     best.safetensors. A run that was killed loses at most its current epoch: the same call with `resume=True` continues it, and on the
-    same machine ends in the same weights. Raises `ValueError` where `out` holds a run and `resume` is not given, or holds another one."""
+    same machine ends in the same weights. Started by `torchrun`, all ranks train this one run (`distribute`), and rank 0 writes it.
+    Raises `ValueError` where `out` holds a run and `resume` is not given, or holds another one, and where the ranks do not divide `bs`."""
     keep_freed_memory()
-    out = Path(out).expanduser()
-    recipe = _choose_recipe(out, recipe, resume)
+    out, device = Path(out).expanduser(), start_ranks(device)
+    recipe = from_rank0(_choose_recipe, out, recipe, resume)
     table = prepare_table(recipe, table)
-    data, last = describe_data(table), out/"last.safetensors"
-    if (out/"run.json").exists(): _check_same(out, recipe, data)
-    checkpoint = load_checkpoint(last) if last.exists() else None
+    data = _describe_same_data(table)
+    checkpoint = from_rank0(_read_checkpoint, out, recipe, data)
     if progress is None: progress = sys.stderr.isatty() or "ipykernel" in sys.modules
-    dls = fer_dls(table, recipe.bs, recipe.valid, create_augment(recipe.augment), recipe.stats, recipe.seed, device, recipe.sampling)
+    progress = progress and not rank_distrib()
+    dls = fer_dls(table, recipe.bs, recipe.valid, create_augment(recipe.augment), recipe.stats, recipe.seed, device, recipe.sampling)  # type: ignore[arg-type]  # stats are known by now
     learn = fer_learner(dls, recipe)
-    about = dict(recipe=plain_recipe(recipe), data=data, date=date.today().isoformat(), n_params=count_parameters(learn.model), **_describe_machine(dls.device))
+    about = dict(recipe=plain_recipe(recipe), data=data, date=date.today().isoformat(), n_params=count_parameters(learn.model), ranks=max(1, num_distrib()), **_describe_machine(dls.device))
     learn.add_cbs(run_cbs := _run_cbs(recipe, out, checkpoint[1] if checkpoint else (), progress, track, about) + L(cbs))
     if not progress: learn.remove_cb(ProgressCallback); learn.logger = noop
     if checkpoint: _restore(learn, checkpoint)
-    if not (out/"run.json").exists(): _begin(out, recipe, about)
-    lrs = group_lrs(recipe)
-    learn.fit(recipe.freeze_epochs + recipe.epochs, lrs, wd=[recipe.wd, 0.]*(len(lrs)//2), cbs=schedule_cbs(recipe, len(dls.train)))
+    if not rank_distrib() and not (out/"run.json").exists(): _begin(out, recipe, about)
+    lrs, schedule = group_lrs(recipe), schedule_cbs(recipe, len(dls.train))
+    with distribute(learn): learn.fit(recipe.freeze_epochs + recipe.epochs, lrs, wd=[recipe.wd, 0.]*(len(lrs)//2), cbs=schedule)
     return _finish(learn, out, recipe, run_cbs)
 
-# %% ../nbs/05_train.ipynb #d46003b6
+# %% ../nbs/05_train.ipynb #cddd5746
 def _write_json(path, value):
+    if rank_distrib(): return
     with write_whole(path) as tmp: Path(tmp).write_text(json.dumps(value, indent=1))
+
+def _read_json(path): return json.loads(Path(path).read_text())
 
 def _begin(out, recipe, about):
     "Write down what is about to happen."
@@ -262,8 +278,8 @@ def _finish(learn, out, recipe, cbs):
     "Load the best weights into the learner, and complete run.json."
     rows = learn.history.rows
     learn.remove_cbs(cbs)
-    learn.model.load_state_dict(load_file(out/"best.safetensors"))
-    about = json.loads((out/"run.json").read_text())
+    learn.model.load_state_dict(from_rank0(load_weights, out/"best.safetensors")[0])
+    about = from_rank0(_read_json, out/"run.json")
     minutes = round(sum(r["seconds"] for r in rows)/60, 2)
     _write_json(out/"run.json", dict(about, finished=True, best_epoch=best_epoch(rows, recipe.monitor), train_minutes=minutes))
     return learn
@@ -277,10 +293,10 @@ def load_run(
     if not (out/"best.safetensors").is_file(): raise FileNotFoundError(f"{out} holds no finished epoch: expected best.safetensors and recipe.yaml of a run")
     recipe, about = read_recipe(out/"recipe.yaml"), json.loads((out/"run.json").read_text())
     model = create_model(recipe.arch, len(about["data"]["classes"]), recipe.n_in, recipe.img_size, **recipe.arch_args)
-    model.load_state_dict(load_file(out/"best.safetensors"))
+    model.load_state_dict(load_weights(out/"best.safetensors")[0])
     return model.eval().to(device)
 
-# %% ../nbs/05_train.ipynb #9603c7e7
+# %% ../nbs/05_train.ipynb #c4d6816b
 def fold_tables(
     table: FER2013,  # its Training rows are cut
     k: int = 5,  # folds
@@ -308,7 +324,7 @@ def cross_validate(
     out, rows = Path(out), []
     for i, fold in enumerate(fold_tables(prepare_table(recipe, table), k, recipe.seed)):
         train(replace(recipe, valid="PublicTest", classes=None, per_class=None), fold, out/f"fold_{i}", resume, **kwargs)
-        history = json.loads((out/f"fold_{i}"/"history.json").read_text())
+        history = from_rank0(_read_json, out/f"fold_{i}"/"history.json")
         rows.append(history[best_epoch(history, recipe.monitor)])
     scores = {m: [r[m] for r in rows] for m in rows[0] if m not in ("epoch", "lr", "seconds")}
     result = dict(folds=rows, mean={m: float(np.mean(v)) for m, v in scores.items()}, std={m: float(np.std(v, ddof=1)) for m, v in scores.items()})

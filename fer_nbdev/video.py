@@ -6,7 +6,7 @@
 __all__ = ['Frame', 'VideoReader', 'read_frames', 'predict_video', 'annotate_frame', 'find_ffmpeg', 'VideoWriter', 'Timeline',
            'process_video']
 
-# %% ../nbs/11_video.ipynb #a35b4790
+# %% ../nbs/11_video.ipynb #a94d47ba
 import csv, json, math, os, queue, shutil, subprocess, sys, tempfile, threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -14,7 +14,7 @@ from dataclasses import replace
 from glob import glob, has_magic
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from warnings import warn
 
 import numpy as np
@@ -25,15 +25,15 @@ from .detect import detect_faces
 from .inference import Predictor
 from .track import CutDetector, FaceTracker, ProbabilitySmoother
 
-# %% ../nbs/11_video.ipynb #fcd9e544
+# %% ../nbs/11_video.ipynb #599b1aa4
 class Frame(NamedTuple):
     "One picture of a video, and what is known of it"
-    index: int # its number in the source, from 0
+    number: int # of the picture in the source, from 0
     time: float # seconds since the beginning of the source
     image: np.ndarray # RGB, uint8 [h, w, 3]
     preds: list = [] # the predictions of its faces, once they are made
 
-# %% ../nbs/11_video.ipynb #c944666d
+# %% ../nbs/11_video.ipynb #15c471cb
 def _open_capture(source, name, timeout):
     "An open `cv2.VideoCapture`; raises a `ValueError` that says what is wrong with a file, an address or a camera"
     cv2 = import_cv2()
@@ -41,7 +41,7 @@ def _open_capture(source, name, timeout):
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
         if isinstance(source, int): capture = cv2.VideoCapture(source)
-        elif '://' in source: 
+        elif '://' in source:
             wait = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, round(1000 * timeout), cv2.CAP_PROP_READ_TIMEOUT_MSEC, round(1000 * timeout)]
             capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, wait)
         else: capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG)
@@ -287,7 +287,7 @@ def _beside(box, others, wide, tall, width, height, gap):
     places = [max(0, min(x, width - wide)) for x in (box.x1 + gap, box.x0 - gap - wide)]
     return min(places, key=covered), y
 
-# %% ../nbs/11_video.ipynb #01e77233
+# %% ../nbs/11_video.ipynb #5c7f1749
 def _draw_bars(image, pred, others, row, scale, color):
     "The probabilities of a face beside its box"
     cv2, (height, width) = import_cv2(), image.shape[:2]
@@ -310,28 +310,28 @@ def annotate_frame(
     "Draw predictions on a frame, quickly enough for video; `plot_predictions` draws for a page"
     cv2, image = import_cv2(), np.array(image)
     row = max(9, round(max(image.shape[0], image.shape[1] / 2) / 32))
-    scale, boxed = row / 32, [p for p in preds if p.box is not None]
-    largest = sorted(boxed, key=lambda p: -p.box.area)[:bars]
-    for p in boxed:
+    scale, boxed = row / 32, [(p, p.box) for p in preds if p.box is not None]
+    largest = [p for p, box in sorted(boxed, key=lambda found: -found[1].area)[:bars]]
+    for p, box in boxed:
         color = _PALE if p.emotion == UNCERTAIN else _AMBER
-        cv2.rectangle(image, p.box[:2], (p.box.x1 - 1, p.box.y1 - 1), color, max(2, row // 9))
-        if any(p is q for q in largest): _draw_bars(image, p, [o.box for o in boxed if o is not p], row, scale, color)
-    for p in boxed: # labels last, so that no panel covers them
+        cv2.rectangle(image, box[:2], (box.x1 - 1, box.y1 - 1), color, max(2, row // 9))
+        if any(p is q for q in largest): _draw_bars(image, p, [other for q, other in boxed if q is not p], row, scale, color)
+    for p, box in boxed: # labels last, so that no panel covers them
         label = ('' if p.track_id is None else f'{p.track_id} ') + str(replace(p, box=None, track_id=None))
         (wide, tall), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
-        x, y = min(p.box.x0, max(0, image.shape[1] - wide - row // 2)), max(p.box.y0, tall + row // 2)
+        x, y = min(box.x0, max(0, image.shape[1] - wide - row // 2)), max(box.y0, tall + row // 2)
         cv2.rectangle(image, (x, y - tall - row // 2), (x + wide + row // 2, y), _PALE if p.emotion == UNCERTAIN else _AMBER, -1)
         _put_text(image, label, x + row // 4, y - row // 4, scale)
     return image
 
-# %% ../nbs/11_video.ipynb #ca13ab23
+# %% ../nbs/11_video.ipynb #472c6457
 _H264 = 'mp4v', '-c:v libx264 -preset veryfast -crf 20 -pix_fmt yuv420p -vf pad=ceil(iw/2)*2:ceil(ih/2)*2' # it has no odd sides
 _CODECS = {'.mp4': _H264, '.m4v': _H264, '.mov': _H264, '.mkv': _H264, '.avi': ('MJPG', '-c:v mjpeg -q:v 3 -pix_fmt yuvj420p')} # OpenCV's, and ffmpeg's
 
 def _add_sound(ffmpeg, path, sound, start, seconds):
     "Put the sound of a file, from `start` on, beside the pictures of another; a file without sound changes nothing"
     path = Path(path)
-    both = path.with_name('sound-' + path.name)
+    both = path.with_name(f'.{path.stem}.sound{path.suffix}') # hidden, as the temporary file beside it is
     command = [ffmpeg, '-v', 'error', '-y', '-i', str(path), '-ss', f'{start:.6f}', '-t', f'{seconds:.6f}', '-i', sound, '-map', '0:v:0', '-map', '1:a:0?', '-c:v', 'copy', str(both)]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
@@ -354,16 +354,17 @@ class _Pipe:
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen([ffmpeg, '-v', 'error', '-y', *raw, *codec.split(), str(path)],
                                         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log)
+        self.stdin: Any = self.process.stdin
 
     def write(self, image):
-        try: self.process.stdin.write(np.ascontiguousarray(image))
+        try: self.stdin.write(np.ascontiguousarray(image).data)
         except OSError: self.release() # says why ffmpeg has ended
 
     def release(self):
         if self.log.closed: return
-        with suppress(OSError): self.process.stdin.close()
+        with suppress(OSError): self.stdin.close()
         failed = self.process.wait()
-        with self.log: 
+        with self.log:
             self.log.seek(0)
             said = self.log.read().decode(errors='replace').strip()
         if failed: raise ValueError(f'ffmpeg could not write the video: {said[-300:]}')
@@ -391,7 +392,7 @@ def _fitted(image, size):
     canvas[y:y + small.shape[0], x:x + small.shape[1]] = small
     return canvas
 
-# %% ../nbs/11_video.ipynb #7e097575
+# %% ../nbs/11_video.ipynb #c55c89ff
 class VideoWriter:
     """Write frames with their times as a video, whole or not at all: a context manager.
 
@@ -405,7 +406,8 @@ class VideoWriter:
         self.path, self.fps, self.sound = Path(path), float(fps), None if sound is None else os.fspath(sound)
         if self.path.suffix.lower() not in _CODECS: raise ValueError(f'a video ends in {" ".join(_CODECS)}, got {str(path)!r}')
         if not 0 < self.fps <= 1000: raise ValueError(f'fps must be between 0 and 1000 frames a second, got {fps!r}')
-        self._files, self._temp, self._sink, self._last, self.count = ExitStack(), None, None, None, 0
+        self._files, self._temp, self._last, self.count = ExitStack(), None, None, 0
+        self._sink: _Pipe | _OpenCV | None = None
 
     def __enter__(self):
         self._temp = self._files.enter_context(write_whole(self.path))
@@ -437,12 +439,12 @@ class VideoWriter:
         if self._sink is None and error[0] is None: self._files.callback(self._complain) # before the file is put in its place
         return self._files.__exit__(*error)
 
-# %% ../nbs/11_video.ipynb #7cccae3b
+# %% ../nbs/11_video.ipynb #308fc5b1
 _COLUMNS = ('frame', 'time', 'track_id', 'x0', 'y0', 'x1', 'y1', 'emotion', 'confidence')
 
 def _rows(frame):
     "The rows of a frame, one a face"
-    return [(frame.index, round(frame.time, 4), p.track_id, *(p.box or (None,) * 4), p.emotion, round(p.confidence, 4), *(round(v, 4) for v in p.probs.values())) for p in frame.preds]
+    return [(frame.number, round(frame.time, 4), p.track_id, *(p.box or (None,) * 4), p.emotion, round(p.confidence, 4), *(round(v, 4) for v in p.probs.values())) for p in frame.preds]
 
 @contextmanager
 def _csv_table(path, classes):
@@ -451,7 +453,7 @@ def _csv_table(path, classes):
         out.writerow([*_COLUMNS, *classes])
         yield lambda frame: out.writerows(_rows(frame))
 
-# %% ../nbs/11_video.ipynb #57877861
+# %% ../nbs/11_video.ipynb #537599b1
 @contextmanager
 def _parquet_table(path, classes, at_once=10_000):
     pa, pq = require('pyarrow', 'video'), require('pyarrow.parquet', 'video')
@@ -473,7 +475,7 @@ def _json_lines(path):
     with ExitStack() as files:
         if not (standard := str(path) == '-'): Path(path).parent.mkdir(parents=True, exist_ok=True)
         file = sys.stdout if standard else files.enter_context(open(path, 'w', encoding='utf-8'))
-        yield lambda frame: print(json.dumps(dict(frame=frame.index, time=round(frame.time, 4), faces=[p.to_dict() for p in frame.preds])), file=file, flush=True)
+        yield lambda frame: print(json.dumps(dict(frame=frame.number, time=round(frame.time, 4), faces=[p.to_dict() for p in frame.preds])), file=file, flush=True)
 
 def _open_table(path, classes):
     kinds = {'.csv': _csv_table, '.parquet': _parquet_table}
@@ -501,7 +503,7 @@ class _Person:
             joined[at // 2] = other + total, m + n
         self.steps = joined
 
-# %% ../nbs/11_video.ipynb #19f96dcb
+# %% ../nbs/11_video.ipynb #35cda574
 class _Steps:
     "The probabilities of each person in steps of time"
     def __init__(self,
@@ -509,13 +511,13 @@ class _Steps:
         points: int = 400, # steps of time, at most
     ):
         if not (isinstance(points, int) and points >= 2): raise ValueError(f'points must be a whole number of 2 or more, got {points!r}')
-        self.classes, self.points, self.step, self.frames, self.begin, self.end, self._people = tuple(classes), points, .04, 0, None, 0., {}
+        self.classes, self.points, self.step, self.frames, self.begin, self.end, self._people = tuple(classes), points, .04, 0, 0., 0., {}
 
     def add(self,
         frame: Frame, # with predictions
     ):
         "Take in a frame"
-        if self.begin is None: self.begin = frame.time
+        if not self.frames: self.begin = frame.time
         gap = min(max(0., frame.time - self.end), 1.) if self.frames else 0.
         self.end, self.frames = frame.time, self.frames + 1
         while (frame.time - self.begin) / self.step + 1e-6 >= self.points:
@@ -537,7 +539,7 @@ class _Steps:
         times, probs = zip(*points)
         return self.begin + (np.array(times) + .5) * self.step, np.stack(probs)
 
-# %% ../nbs/11_video.ipynb #28aa5de5
+# %% ../nbs/11_video.ipynb #39d4364b
 class Timeline(_Steps):
     "Who showed what, when: the probabilities of each person over time, in a limited number of steps, and what they sum up to"
     def summary(self) -> list[dict]: # track_id, first, last (seconds), frames, emotion, shares (of the time), probs (their mean), changes (of the label)
@@ -546,13 +548,13 @@ class Timeline(_Steps):
         for track_id, who in sorted(self._people.items(), key=lambda item: -item[1].frames):
             mean, spent = sum(total for total, _ in who.steps.values()) / who.frames, sum(who.seconds.values())
             shares = {c: round(who.seconds.get(c, 0.) / spent, 4) if spent else 0. for c in dict.fromkeys([*self.classes, *who.seconds])}
-            rows.append(dict(track_id=track_id, first=round(who.first, 3), last=round(who.last, 3), frames=who.frames, emotion=max(shares, key=shares.get) if spent else who.label,
+            rows.append(dict(track_id=track_id, first=round(who.first, 3), last=round(who.last, 3), frames=who.frames, emotion=max(shares, key=lambda c: shares[c]) if spent else who.label,
                              shares=shares, probs=dict(zip(self.classes, mean.round(4).tolist())), changes=who.changes))
         return rows
 
     def __str__(self):
         n = len(self._people)
-        lines = [f'{self.frames} frames, {self.end - (self.begin or 0):.1f} s, {n} {"person" if n == 1 else "people"}']
+        lines = [f'{self.frames} frames, {self.end - self.begin:.1f} s, {n} {"person" if n == 1 else "people"}']
         for r in self.summary():
             top = ', '.join(f'{c} {v:.0%}' for c, v in sorted(r['shares'].items(), key=lambda cv: -cv[1])[:3] if v >= .005)
             lines.append(f"  {r['track_id']}: {r['first']:.1f} to {r['last']:.1f} s, {top or r['emotion']}; changes of the label: {r['changes']}")
@@ -578,10 +580,10 @@ class Timeline(_Steps):
         axes[0].legend(ncols=len(self.classes), fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1), frameon=False, handlelength=1, columnspacing=1)
         return axes
 
-# %% ../nbs/11_video.ipynb #4dad3184
+# %% ../nbs/11_video.ipynb #9ba37f74
 class _Window:
     "A window with the frames: q or Esc ends it, s saves what it shows"
-    def __init__(self, title): 
+    def __init__(self, title):
         self.title, self.cv2 = title, import_cv2()
         if sys.platform.startswith('linux') and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
             raise ValueError('there is no display to open a window on: do without it (--no-window), and write a video, a table or JSON lines')
@@ -594,8 +596,8 @@ class _Window:
         key = self.cv2.waitKey(1) & 0xff
         if key == ord('s'):
             from PIL import Image
-            with write_whole(f'frame-{frame.index:06d}.png') as temp: Image.fromarray(frame.image).save(temp)
-            print(f'saved frame-{frame.index:06d}.png', file=sys.stderr)
+            with write_whole(f'frame-{frame.number:06d}.png') as temp: Image.fromarray(frame.image).save(temp)
+            print(f'saved frame-{frame.number:06d}.png', file=sys.stderr)
         return key not in (ord('q'), 27) and self.cv2.getWindowProperty(self.title, self.cv2.WND_PROP_VISIBLE) >= 1
 
     def __enter__(self): return self

@@ -58,6 +58,13 @@ def test_a_killed_run_resumes_bit_for_bit(settings, faces, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(resumed)))
 
 
+def test_a_resumed_run_has_a_progress_bar_too(faces, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(SHORT, faces, tmp_path, progress=True, cbs=[Kill()])
+    train(None, faces, tmp_path, resume=True, progress=True)
+    assert len(_rows(tmp_path)) == 3
+
+
 def test_the_choices_above_cover_the_tables():
     recipes = [SHORT.set(c) for c in CHOICES]
     assert {r.schedule for r in recipes} == set(SCHEDULES) and {r.loss for r in recipes} == set(LOSSES)

@@ -299,3 +299,20 @@ def test_groups_are_what_pandas_says():
         accuracy_by_group(e, group[:9])
     with pytest.raises(ValueError, match="unknown class 'bored'"):
         accuracy_by_group(e, group, emotion="bored")
+
+
+def test_the_command_line_damages_faces_too(tmp_path):
+    import json
+
+    from typer.testing import CliRunner
+
+    from fer_nbdev.cli import app
+    from fer_nbdev.data import to_folders
+    to_folders(synthetic_faces(210, seed=2), tmp_path / "faces", progress=False)
+    asked = f"evaluate fast --data {tmp_path / 'faces'} --split public --robustness --out {tmp_path / 'report'}"
+    said, plain = CliRunner().invoke(app, asked.split()), CliRunner().invoke(app, [*asked.split(), "--json"])
+    assert said.exit_code == plain.exit_code == 0 and all(name in said.stdout for name in CORRUPTIONS)
+    rows = json.loads(plain.stdout)["robustness"]["rows"]
+    assert len(rows) == 1 + 5 * len(CORRUPTIONS) and {r["corruption"] for r in rows} >= set(CORRUPTIONS)
+    assert json.loads((tmp_path / "report" / "robustness.json").read_text())["rows"] == rows
+    assert Image.open(tmp_path / "report" / "robustness.png").size[0] > 300

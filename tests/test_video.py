@@ -16,7 +16,6 @@ import threading
 import time
 import warnings
 import weakref
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -25,7 +24,7 @@ import pytest
 import fer_nbdev.video as library
 from fer_nbdev.core import Box, read_image, sample_portrait
 from fer_nbdev.inference import Predictor
-from fer_nbdev.track import CutDetector, FaceTracker, ProbabilitySmoother, assign
+from fer_nbdev.track import FaceTracker, assign
 from fer_nbdev.video import Frame, Timeline, VideoReader, VideoWriter, annotate_frame, find_ffmpeg, predict_video, process_video, read_frames
 
 FFMPEG = find_ffmpeg()
@@ -189,10 +188,10 @@ def test_smoothing_steadies_the_answers_of_the_model(portrait):
 def test_every_frame_arrives_once_with_its_time(tmp_path):
     path = write(tmp_path / "a.avi", map(gradient, range(60)))
     frames = list(read_frames(path))
-    assert [f.index for f in frames] == list(range(60)) == [number(f.image) for f in frames]
+    assert [f.number for f in frames] == list(range(60)) == [number(f.image) for f in frames]
     assert [f.time for f in frames] == pytest.approx(np.arange(60) / 25)
     part = list(read_frames(path, start=1, end=2))
-    assert [f.index for f in part] == list(range(25, 50)) and part[0].time == 1
+    assert [f.number for f in part] == list(range(25, 50)) and part[0].time == 1
 
 
 def test_colours_are_rgb(tmp_path):
@@ -205,8 +204,8 @@ def test_colours_are_rgb(tmp_path):
 @pytest.mark.parametrize("codec", ["MJPG", "mp4v"])
 def test_a_late_start_is_reached_by_a_jump_and_gives_the_same_frames(tmp_path, codec):
     path = write(tmp_path / ("a.avi" if codec == "MJPG" else "a.mp4"), [gradient(k % 256) for k in range(400)], fps=8, codec=codec)
-    expected = [(f.index, f.time, number(f.image)) for f in read_frames(path) if 45 <= f.time < 46]
-    assert len(expected) == 8 and [(f.index, f.time, number(f.image)) for f in read_frames(path, start=45, end=46)] == expected
+    expected = [(f.number, f.time, number(f.image)) for f in read_frames(path) if 45 <= f.time < 46]
+    assert len(expected) == 8 and [(f.number, f.time, number(f.image)) for f in read_frames(path, start=45, end=46)] == expected
     reader, grabbed = read_frames(path, start=45, end=46), []
 
     class Counting:
@@ -310,8 +309,8 @@ def test_damage_in_the_middle(tmp_path):
     (tmp_path / "b.avi").write_bytes(data)
     with pytest.warns(UserWarning, match="[1-9] damaged frames"):
         frames = list(read_frames(tmp_path / "b.avi"))
-    assert 54 <= len(frames) < 60 and all(number(f.image) == f.index and f.time == pytest.approx(f.index / 25) for f in frames if f.index not in range(20, 23))
-    assert frames[-1].index == 59
+    assert 54 <= len(frames) < 60 and all(number(f.image) == f.number and f.time == pytest.approx(f.number / 25) for f in frames if f.number not in range(20, 23))
+    assert frames[-1].number == 59
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", os.urandom(5000)], ids=["empty", "text", "noise"])
@@ -436,7 +435,7 @@ def test_a_camera_ends_with_a_word_and_the_outputs_are_whole(monkeypatch, tmp_pa
 
 def test_ctrl_c_ends_a_camera_but_breaks_off_a_file(camera, tmp_path, predictor, without_ffmpeg):
     def interrupt(frame):
-        if frame.index > 5:
+        if frame.number > 5:
             raise KeyboardInterrupt
 
     seen = process_video(0, tmp_path / "live.avi", predictor, progress=interrupt)
@@ -499,7 +498,7 @@ def test_threads_end_with_the_generator_and_errors_arrive():
 
     model = Predictor("accurate", threads=1, detector=lambda image: [])
     frames = predict_video(endless(), model)
-    assert next(frames).index == 0 and next(frames).index == 1
+    assert next(frames).number == 0 and next(frames).number == 1
     frames.close()
     assert none_left()
 
@@ -551,7 +550,7 @@ def test_outputs_say_the_same(tmp_path, predictor, without_ffmpeg):
     assert len(rows) == sum(len(f.preds) for f in frames) > 60 and (tmp_path / "t.csv").read_bytes() == (tmp_path / "sub" / "u.csv").read_bytes()
     lines = [json.loads(line) for line in open(tmp_path / "l.jsonl")]
     assert [line["frame"] for line in lines] == list(range(40))
-    flat = [(f.index, p) for f in frames for p in f.preds]
+    flat = [(f.number, p) for f in frames for p in f.preds]
     for row, (index, p), face in zip(rows, flat, (face for line in lines for face in line["faces"])):
         assert int(row["frame"]) == index and int(row["track_id"]) == p.track_id == face["track_id"] and row["emotion"] == p.emotion == face["emotion"]
         assert [int(row[k]) for k in ("x0", "y0", "x1", "y1")] == list(p.box) == face["box"]

@@ -1,0 +1,116 @@
+"""A search for hyper-parameters: killed and resumed, hopeless trials given up, PrivateTest unseen, and a recipe that trains."""
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+optuna = pytest.importorskip("optuna", reason="optuna is not installed")
+
+from fer_nbdev.cli import app  # noqa: E402
+from fer_nbdev.data import synthetic_faces  # noqa: E402
+from fer_nbdev.recipe import Recipe  # noqa: E402
+from fer_nbdev.train import train  # noqa: E402
+from fer_nbdev.tune import trial_rows, tune  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+TABLE = synthetic_faces(210)
+TINY = Recipe.read("synthetic").set(["epochs=4", "bs=16", "precision=fp32", "arch_args.widths=[8]", "arch_args.blocks=[1]"])
+SPACE = ["lr=log:1e-4:1", "optimizer=sgd,adam"]
+
+
+def search(out, table=TABLE, n=7, **kwargs):
+    return tune(TINY, table, SPACE, out, n_trials=n, device="cpu", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("found") / "search"
+    return out, search(out)
+
+
+def test_hopeless_trials_are_given_up(found):
+    _, study = found
+    rows = trial_rows(study)
+    assert len(rows) == 7 and {r["state"] for r in rows} == {"complete", "pruned"}
+    assert all(r["epochs"] == TINY.epochs for r in rows if r["state"] == "complete")
+    assert all(r["epochs"] < TINY.epochs for r in rows if r["state"] == "pruned")
+
+
+def test_the_score_of_a_trial_is_that_of_its_best_epoch(found):
+    out, study = found
+    for r in trial_rows(study):
+        scores = [h["accuracy"] for h in json.loads((out / "trials" / f"{r['trial']:03d}" / "history.json").read_text())]
+        assert len(scores) == r["epochs"] and r["score"] == (max(scores) if r["state"] == "complete" else scores[-1])
+    assert study.best_value == max(r["score"] for r in trial_rows(study) if r["state"] == "complete")
+
+
+def test_private_test_is_not_read(found, tmp_path):
+    "Other faces and labels there change nothing, and no run has seen a row of it."
+    out, study = found
+    private = TABLE.usage == "PrivateTest"
+    assert private.sum() > 5
+    pixels, emotion = TABLE.pixels.copy(), TABLE.emotion.copy()
+    pixels[private], emotion[private] = 0, 6 - emotion[private]
+    spoilt = search(tmp_path / "search", replace(TABLE, pixels=pixels, emotion=emotion), n=3)
+    strip = [[{k: v for k, v in r.items() if k != "minutes"} for r in trial_rows(s)[:3]] for s in (study, spoilt)]
+    assert strip[0] == strip[1]
+    for run in (out / "trials").glob("*/run.json"):
+        rows = json.loads(run.read_text())["data"]["rows"]
+        assert rows == {u: int((TABLE.usage == u).sum()) for u in ("PublicTest", "Training")}
+    with pytest.raises(ValueError, match="PrivateTest"):
+        tune(TINY.set(["valid=PublicTest+PrivateTest"]), TABLE, SPACE, tmp_path / "other")
+
+
+def test_the_best_recipe_trains(found, tmp_path):
+    out, study = found
+    best = Recipe.read(out / "best.yaml")
+    assert best.lr == study.best_params["lr"] and best.optimizer == study.best_params["optimizer"] and best.name == "synthetic_tuned"
+    train(best, TABLE, tmp_path / "run", device="cpu", progress=False)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert max(h["accuracy"] for h in history) == pytest.approx(study.best_value, abs=1e-6)  # PrivateTest rows beside it change nothing
+
+
+def write_csv(path):
+    rows = zip(TABLE.emotion, TABLE.pixels, TABLE.usage)
+    path.write_text("emotion,pixels,Usage\n" + "".join(f"{e},{' '.join(map(str, p.ravel()))},{u}\n" for e, p, u in rows))
+
+
+def test_a_killed_search_loses_no_trial(tmp_path, monkeypatch):
+    "Killed by the system in the middle of the third trial, from the command line, and resumed."
+    write_csv(tmp_path / "faces.csv")
+    TINY.write(tmp_path / "tiny.yaml")
+    command = ["tune", "--data", "faces.csv", "--trials", "4", "--out", "search", "--device", "cpu"]
+    search = subprocess.Popen([sys.executable, "-m", "fer_nbdev", *command, "--recipe", "tiny.yaml", "--search", SPACE[0], "--search", SPACE[1]],
+                              cwd=tmp_path, stdout=subprocess.DEVNULL)
+    started = tmp_path / "search" / "trials" / "002" / "run.json"
+    until = time.time() + 300
+    while not started.exists():
+        assert search.poll() is None and time.time() < until, "the search ended before it could be killed"
+        time.sleep(.01)
+    search.kill()
+    search.wait()
+    storage = f"sqlite:///{tmp_path / 'search' / 'study.db'}"
+    before = optuna.load_study(study_name="fer", storage=storage).trials
+    assert [t.state.name for t in before][2:] == ["RUNNING"]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*command, "--resume"])
+    assert done.exit_code == 0, done.output
+    after = optuna.load_study(study_name="fer", storage=storage).trials
+    assert after[:2] == before[:2] and after[2].state.name == "FAIL"
+    assert len(after) == 5 and all(t.state.name in ("COMPLETE", "PRUNED") for t in after[3:])
+    assert after[3].params == before[2].params and after[3].user_attrs["folder"] == "002"
+    assert sorted(p.name for p in (tmp_path / "search" / "trials").iterdir()) == ["000", "001", "002", "004"]
+    assert "fer train --recipe" in done.stdout and (tmp_path / "search" / "best.yaml").exists()
+    seen = [[t.params[k] for k in t.params] for t in (*after[:2], *after[3:])]
+    assert len({str(v) for v in seen}) == 4  # a resumed sampler does not begin with the same values again
+
+
+def test_wrong_lines_are_refused(tmp_path):
+    for line, said in {"opt=adam,sgd": "no setting opt", "lr=fast": "several choices", "seed=1:5": "can't be searched", "wd=log:0:1": "above zero",
+                       "bs=0:64": "bs=0", "augment.flip=0:1": "no setting flip"}.items():
+        with pytest.raises(ValueError, match=said):
+            tune(TINY, TABLE, [line], tmp_path / "search")
+    assert not (tmp_path / "search").exists()
