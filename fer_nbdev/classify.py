@@ -132,20 +132,27 @@ def _check_providers(providers):
         checked.append((_check_provider(name), tuple(sorted((k, str(v)) for k, v in options.items()))))
     return tuple(checked)
 
-# %% ../nbs/09a_classify.ipynb #3b3e8a2f
+# %% ../nbs/09a_classify.ipynb #560c7ee9
+def _graph_errors():
+    "What onnxruntime raises for a graph that it can't open or run"
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented as Unknown, RuntimeException
+    return Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, Unknown, RuntimeException, UnicodeDecodeError # the last one about the name of a node
+
 def _check_graph(session, card, path):
-    "Raise a `ValueError` unless the graph takes uint8 faces and gives one probability a class"
+    "Raise a `ValueError` unless the graph takes uint8 faces and gives one probability a class, for two black faces too"
     inputs = [(i.name, i.type) for i in session.get_inputs()]
     if inputs != [('faces', 'tensor(uint8)')] or 'probs' not in [o.name for o in session.get_outputs()]:
         raise ValueError(f'{str(path)!r} is not a model of this library: expected the input "faces" (uint8) and the output "probs", got {inputs}')
     size, = [i.shape[1:] for i in session.get_inputs()]
     if any(isinstance(s, int) and s != card['img_size'] for s in size):
         raise ValueError(f'{str(path)!r} takes faces of {size} pixels, its card says img_size={card["img_size"]}')
-    k, = [o.shape[-1] for o in session.get_outputs() if o.name == 'probs']
-    if isinstance(k, int) and k != len(card['classes']):
-        raise ValueError(f'{str(path)!r} gives {k} probabilities, its card lists {len(card["classes"])} classes: {", ".join(card["classes"])}')
+    try: probs = session.run(['probs'], {'faces': np.zeros((2, card['img_size'], card['img_size']), np.uint8)})[0]
+    except _graph_errors() as e: raise ValueError(f'{str(path)!r} opens, but cannot be run: {e}') from None
+    if probs.ndim != 2 or len(probs) != 2: raise ValueError(f'{str(path)!r} gives an array {list(probs.shape)} for two faces, expected a row of probabilities for each')
+    if probs.shape[1] != len(card['classes']):
+        raise ValueError(f'{str(path)!r} gives {probs.shape[1]} probabilities, its card lists {len(card["classes"])} classes: {", ".join(card["classes"])}')
 
-# %% ../nbs/09a_classify.ipynb #9b5b90dd
+# %% ../nbs/09a_classify.ipynb #03b0381c
 def _options(threads):
     "onnxruntime's settings of a session"
     onnxruntime = import_onnxruntime()
@@ -160,11 +167,10 @@ def _options(threads):
 def _open_session(folder, stamp, threads, providers):
     "An onnxruntime session for the model in `folder`"
     onnxruntime = import_onnxruntime()
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented as Unknown, RuntimeException
     path, names, card = folder/'model.onnx', [name for name, _ in providers], _kept_card(folder, stamp)
     graph = read_checked(path, card['files']['model.onnx']['sha256']) # opened from these bytes, so nothing else can come in
     try: session = onnxruntime.InferenceSession(graph, _options(threads), names, [dict(options) for _, options in providers])
-    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, Unknown, RuntimeException, UnicodeDecodeError) as e: # the last one about the name of a node
+    except _graph_errors() as e:
         raise ValueError(f'onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}') from None
     failed = [name for name in names if name not in session.get_providers()]
     if failed: raise ValueError(f'onnxruntime could not start {failed[0]!r} and fell back to {session.get_providers()[0]!r}: check its drivers and libraries')

@@ -101,7 +101,7 @@ class _Shard:
 
     rng = property(lambda self: self.dl.rng, lambda self, rng: setattr(self.dl, "rng", rng))
 
-# %% ../nbs/04c_distributed.ipynb #5bff7134
+# %% ../nbs/04c_distributed.ipynb #faa322dc
 @cache
 def _sharded_dl():
     "`_Shard` over fastai's `DistributedDL`."
@@ -112,7 +112,7 @@ def shard_loader(
     rank: int | None = None,  # of this process; None asks the environment
     world_size: int | None = None,  # how many ranks there are; None asks the environment
 ):
-    "The loader of one rank. Raises `ValueError` where the ranks do not divide the batch size."
+    "The loader of one rank, a fastai `DistributedDL`. Raises `ValueError` where the ranks do not divide the batch size."
     return _sharded_dl()(dl, rank, world_size)
 
 # %% ../nbs/04c_distributed.ipynb #462d33c0

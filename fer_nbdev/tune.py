@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_space', 'ReportTrial', 'trial_rows', 'best_recipe', 'plot_trials', 'tune']
 
-# %% ../nbs/13a_tune.ipynb #6a6220f8
+# %% ../nbs/13a_tune.ipynb #0affb2be
 import csv, json, math, re
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib
 
-from .callbacks import best_epoch
+from .callbacks import Curves, best_epoch
 from .core import require, write_whole
 from .data import FER2013, split_names
 from .recipe import MONITORS, Recipe, plain_recipe
@@ -70,7 +70,7 @@ def parse_space(
     if not found: raise ValueError("nothing to search: give a space such as lr=log:1e-3:1e-1")
     return found
 
-# %% ../nbs/13a_tune.ipynb #81cfb50c
+# %% ../nbs/13a_tune.ipynb #f1786f44
 class ReportTrial(Callback):
     "Tell an Optuna trial the score of each epoch, and end the run by `TrialPruned` where the study gives it up."
     order = 64  # after Checkpoint, before EarlyStop
@@ -82,6 +82,7 @@ class ReportTrial(Callback):
 
     def before_fit(self):
         self.history.verbose = False
+        self.learn.remove_cb(Curves)  # one picture shows all trials
         for row in self.history.rows: self._report(row)
 
     def after_epoch(self):
