@@ -158,7 +158,7 @@ def _check_size(width, height, max_pixels, what):
         raise ValueError(f'{what} is {width} x {height} = {width * height:,} pixels, more than max_pixels={max_pixels:,}. '
                          f'If you trust it, pass read_image(source, max_pixels={width * height}) and go on with that array')
 
-# %% ../nbs/00_core.ipynb #88d66dd9
+# %% ../nbs/00_core.ipynb #0541aa77
 _PROGRAMS = {'EPS': 'PostScript', 'WMF': 'a Windows metafile'} # what Pillow has others run
 _load_locks = tuple(threading.Lock() for _ in range(16)) # two threads must not load one PIL image at the same time; a few locks do for all images
 
@@ -173,7 +173,7 @@ def _decode(file, max_pixels, what):
     except UnidentifiedImageError:
         raise ValueError(f'{what} is not an image that Pillow can read. Expected a JPEG, PNG, WebP, GIF, TIFF or BMP file, '
                          'or another format that Pillow knows (HEIC photos of phones have to be converted); check that it is what its name says') from None
-    except Image.DecompressionBombError as e: raise ValueError(f'{what} has more pixels than max_pixels={max_pixels:,} ({e}). If you trust it, pass read_image a larger max_pixels') from None
+    except Image.DecompressionBombError as e: raise ValueError(f'{what} has too many pixels, more than max_pixels={max_pixels:,} ({e}). If you trust it, pass read_image a larger max_pixels') from None
     except broken as e: raise ValueError(f'{what} has a broken header ({e}): save or download it again') from None
     if img.format in _PROGRAMS: raise ValueError(f'{what} is {_PROGRAMS[img.format]}, not an image but a program that draws one, and nothing is run here: save it as PNG')
     _check_size(*img.size, max_pixels, what)

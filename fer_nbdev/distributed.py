@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['start_ranks', 'from_rank0', 'shard_loader', 'WholeBatch', 'SyncedBatchNorm', 'sync_norms', 'distribute']
 
-# %% ../nbs/04c_distributed.ipynb #2d6c24e8
+# %% ../nbs/04c_distributed.ipynb #a18d3ab1
 import atexit, os
 from contextlib import contextmanager
 from copy import copy
@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.torch_core import maybe_gather, num_distrib, rank_distrib, to_detach
 from fastcore.basics import chunked
@@ -42,7 +43,7 @@ def start_ranks(
         atexit.register(dist.destroy_process_group)
     return torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
 
-# %% ../nbs/04c_distributed.ipynb #ab08c234
+# %% ../nbs/04c_distributed.ipynb #280aa60b
 def from_rank0(
     f,  # function
     *args,  # its arguments
@@ -56,6 +57,12 @@ def from_rank0(
     dist.broadcast_object_list(answer)
     if answer[1] is not None: raise answer[1]
     return answer[0]
+
+def _from_all(value):
+    "What each rank gives, in a list; alone a list of one."
+    values = [value] * max(1, num_distrib())
+    if num_distrib() > 1: dist.all_gather_object(values, value)
+    return values
 
 # %% ../nbs/04c_distributed.ipynb #8b3f8728
 class _Shard:
@@ -143,31 +150,44 @@ class WholeBatch(Callback):
         "Early stopping and plateaus look at the history: were it not the same to the last bit, one rank would stop and the others wait for it."
         if hasattr(self.learn, "history"): self.history.rows[-1] = from_rank0(self.history.rows.__getitem__, -1)
 
-# %% ../nbs/04c_distributed.ipynb #1add457a
-class _SumOverRanks(torch.autograd.Function):
-    "An `all_reduce` that gradients flow through. PyTorch's own is deprecated, and what takes its place is not in the older versions."
+# %% ../nbs/04c_distributed.ipynb #0e9dc8d1
+def _sum_over_ranks(*tensors):
+    "The sums of small tensors of one shape over all ranks, by one message."
+    together = torch.stack(tensors)
+    dist.all_reduce(together)
+    return together.unbind()
+
+class _NormalizeWhole(torch.autograd.Function):
+    "Normalise a share of a batch by mean and variance of the whole; returns those too."
     @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    def forward(ctx, x, weight, bias, eps):
+        mean, var = torch.batch_norm_update_stats(x, torch.zeros_like(weight), torch.ones_like(weight), 0.)
+        mean, var, square = (t / dist.get_world_size() for t in _sum_over_ranks(mean, var, mean**2))
+        var = var + (square - mean**2).clamp(min=0)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var
 
     @staticmethod
-    def backward(ctx, grad): return _SumOverRanks.apply(grad)
+    def backward(ctx, dy, *_):
+        x, weight, mean, var = ctx.saved_tensors
+        if x.ndim == 4 and not x.is_contiguous(): dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, dw, db = torch.ops.aten.native_batch_norm_backward(dy, x, weight, mean, var, None, None, False, ctx.eps, [True]*3)
+        scale = -weight * (var + ctx.eps).rsqrt() / (dist.get_world_size() * x.numel() // x.shape[1])
+        w, b = (scale * t for t in _sum_over_ranks(dw, db))
+        return dx + F.batch_norm(x, mean, var, w, b, eps=ctx.eps), dw, db, None
 
+# %% ../nbs/04c_distributed.ipynb #f479dcc3
 class SyncedBatchNorm(_BatchNorm):
     "Batch norm by the statistics of all ranks, each with as many rows, on any device. Outside training it is PyTorch's."
     def _check_input_dim(self, x): pass
 
     def forward(self, x):
         if not self.training: return super().forward(x)
-        dims, shape, n = [0, *range(2, x.ndim)], (1, -1, *[1]*(x.ndim - 2)), dist.get_world_size()
-        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dims, correction=0)
-        mean, var, square = _SumOverRanks.apply(torch.stack([mean, var, mean**2])).div(n).unbind()
-        var = var + (square - mean**2).clamp(min=0)
-        self._update(mean.detach(), var.detach(), n * x.numel() // x.shape[1])
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (x*scale.view(shape) + (self.bias - mean*scale).view(shape)).to(x.dtype)
+        y, mean, var = _NormalizeWhole.apply(x, self.weight, self.bias, self.eps)
+        self._update(mean, var, dist.get_world_size() * x.numel() // x.shape[1])
+        return y
 
     @torch.no_grad()
     def _update(self, mean, var, count):

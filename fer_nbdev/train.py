@@ -6,7 +6,7 @@
 __all__ = ['FERLearner', 'decay_groups', 'depth_groups', 'group_lrs', 'schedule_cbs', 'fer_learner', 'describe_data',
            'prepare_table', 'keep_freed_memory', 'train', 'load_run', 'fold_tables', 'cross_validate']
 
-# %% ../nbs/05_train.ipynb #c2cb6ede
+# %% ../nbs/05_train.ipynb #a2d40978
 import ctypes, hashlib, json, platform, shutil, subprocess, sys
 from dataclasses import replace
 from datetime import date
@@ -36,7 +36,7 @@ from sklearn.model_selection import StratifiedKFold
 from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
 from .core import write_whole
 from .data import FER2013, draw_per_class, select_classes
-from .distributed import distribute, from_rank0, start_ranks
+from .distributed import _from_all, distribute, from_rank0, start_ranks
 from .loaders import fer_dls
 from .losses import class_weights, create_loss
 from .models import count_parameters, create_model, head_parameters, input_stats
@@ -138,7 +138,7 @@ def fer_learner(
     return FERLearner(dls, model, loss, _create_optimizer(recipe), lr=recipe.lr, splitter=decay_groups if recipe.lr_mult == 1 else depth_groups,
                       wd_bn_bias=True, metrics=_metrics(), cbs=_recipe_cbs(recipe, model, dls.device) + L(kwargs.pop("cbs", None)), **kwargs)
 
-# %% ../nbs/05_train.ipynb #4b250b5d
+# %% ../nbs/05_train.ipynb #4a37cae5
 def describe_data(
     table: FER2013,  # the data of a run
 ) -> dict:
@@ -150,7 +150,9 @@ def describe_data(
 def _describe_same_data(table):
     "`describe_data`, after a look at whether all ranks have read the same."
     data = describe_data(table)
-    if from_rank0(data.get, "sha256") != data["sha256"]: raise ValueError(f"rank {rank_distrib()} has read other data than rank 0: {data['source']}, {data['rows']}")
+    ranks = _from_all(data)
+    for rank, other in enumerate(ranks):  # all ranks raise, so that none waits for another
+        if other["sha256"] != ranks[0]["sha256"]: raise ValueError(f"rank {rank} has read other data than rank 0: {other['source']}, {other['rows']}")
     return data
 
 def _describe_machine(device):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Careless(_kills.Writer):
             for _ in range(200):
                 f.write(f"{version}\n" * 500)
                 f.flush()
+                time.sleep(.001)
     def version(self):
         lines = self.path.read_text().split()
         assert len(lines) == 100_000, "half a file"
