@@ -6,7 +6,9 @@ epoch, PrivateTest is scored once at the end. Two of the older protocols test on
 are reported because they can be compared with the claims, and are no estimate of anything.
 
 Runs live in `--runs`, one folder each, as `fer train` makes them, and take hours on a CPU. `--train` starts or resumes
-those that are not finished, all or the ones named; without it the script only collects what the runs wrote.
+those that are not finished, all or the ones named; without it the script only collects what the runs wrote. A run that an
+earlier call collected and whose folder is not under `--runs` stays in the result as it is, so that the table can grow on one
+machine after another; each run names its own hardware, commit and date.
 """
 import argparse
 import json
@@ -28,6 +30,7 @@ OURS = dict(emotion_detector=["epochs=42"], realtime_net=["epochs=24"], realtime
             four_class=["epochs=30", "classes=[angry, happy, neutral, sad]"], class_balanced=["epochs=24"])
 TRIED = dict(four_class=["seed=1", "seed=2", "epochs=60"])  # of the system's own protocol, where the claim was missed; runs own/NAME~SETTING
 KINDS = ("own", "ours")
+RUNS = [f"{kind}/{name}" for name in CLAIMS for kind in KINDS] + [f"own/{name}~{setting}" for name, settings in TRIED.items() for setting in settings]
 EXAMPLES = """examples:
   python bench/recipes.py --runs runs                                             collect what is there
   python bench/recipes.py --runs runs --data fer2013.csv --train                  train what is missing; hours on a CPU
@@ -64,20 +67,29 @@ def read_run(folder):
             "scores": {usage: {k: s[k] for k in keys} for usage, s in card["scores"].items()}}
 
 
+def collect(runs, before):
+    "{run: what it wrote}: of the runs in `runs`, and of those that only the rows of an earlier result know."
+    found = {}
+    for r in before:
+        found |= {f"{kind}/{r['network']}": r[kind] for kind in KINDS} | {f"own/{r['network']}~{setting}": run for setting, run in r.get("tried", {}).items()}
+    found |= {name: run for name in RUNS if (run := read_run(runs / name))}
+    return {name: run for name, run in found.items() if run}
+
+
 def reached(run, where):
     "The accuracy that a system's claim speaks of."
     return run["scores"]["PrivateTest"]["accuracy"] if where == "PrivateTest" else run[where]["accuracy"]
 
 
-def row(name, runs):
+def row(name, found):
     "One line of the table: claim, reproduction, and the same network under our recipe."
     system, claim, target, where = CLAIMS[name]
-    own, ours = (read_run(runs / kind / name) for kind in KINDS)
+    own, ours = (found.get(f"{kind}/{name}") for kind in KINDS)
     own_accuracy = own and round(reached(own, where), 4)
-    tried = {setting: read_run(runs / "own" / f"{name}~{setting}") for setting in TRIED.get(name, ())}
+    tried = {setting: found.get(f"own/{name}~{setting}") for setting in TRIED.get(name, ())}
     return {"network": name, "system": system, "claim": claim, "target": target, "measured_on": where, "own_accuracy": own_accuracy,
             "misses_by": own and round(max(0., target - own_accuracy), 4), "own": own, "ours": ours,
-            "tried": {setting: round(reached(run, where), 4) for setting, run in tried.items() if run},
+            "tried": {setting: {**run, "reached": round(reached(run, where), 4)} for setting, run in tried.items() if run},
             "ours_accuracy": ours and round(ours["scores"]["PrivateTest"]["accuracy"], 4)}
 
 
@@ -95,30 +107,41 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where the runs are: own/NAME and ours/NAME")
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; for --train")
-    parser.add_argument("--train", nargs="*", metavar="KIND/NAME", help="train these runs first (default: all)")
+    parser.add_argument("--train", nargs="*", metavar="KIND/NAME", help="train these runs first (default: all that the table lacks)")
     parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where recipes.json is written (default: bench/results)")
     args = parser.parse_args()
-    known = [f"{kind}/{name}" for name in CLAIMS for kind in KINDS] + [f"own/{name}~{setting}" for name, settings in TRIED.items() for setting in settings]
-    args.train = known if args.train == [] else args.train or []
-    if unknown := sorted(set(args.train) - set(known)):
-        parser.error(f"unknown run {', '.join(unknown)}: expected among {', '.join(known)}")
-    if args.train and (args.data is None or not args.data.exists()):
+    if unknown := sorted(set(args.train or ()) - set(RUNS)):
+        parser.error(f"unknown run {', '.join(unknown)}: expected among {', '.join(RUNS)}")
+    if args.train is not None and (args.data is None or not args.data.exists()):
         parser.error(f"--train needs --data, and there is nothing at {args.data}")
     return args
+
+
+def earlier(out):
+    "The rows that an earlier call left in the folder of results."
+    path = out / "recipes.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"]["rows"] if path.exists() else []
+
+
+def write(args):
+    "Collect all runs there are, and write the table."
+    found = collect(args.runs, earlier(args.out))
+    rows = [row(name, found) for name in CLAIMS]
+    report("recipes", {"rows": rows}, question="Do the networks of five older systems reach their claims here, and what does our recipe make of them?",
+           answer=answer(rows), command="python bench/recipes.py --runs runs --data fer2013.csv --train")
 
 
 def main():
     args = parse_args()
     _report.RESULTS = args.out
-    if args.train:
+    if args.train is not None:
         from fer_nbdev.data import read_fer2013
         table = read_fer2013(args.data)
-        for run in args.train:
+        for run in args.train or [r for r in RUNS if r not in collect(args.runs, earlier(args.out))]:
             print(run, file=sys.stderr)
             train_run(args.runs / run, *run.split("/"), table)
-    rows = [row(name, args.runs) for name in CLAIMS]
-    report("recipes", {"rows": rows}, question="Do the networks of five older systems reach their claims here, and what does our recipe make of them?",
-           answer=answer(rows), command="python bench/recipes.py --runs runs --data fer2013.csv --train")
+            write(args)
+    write(args)
 
 
 if __name__ == "__main__":
