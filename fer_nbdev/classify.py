@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import import_onnxruntime, read_checked, read_image
+from .core import check_self_contained, import_onnxruntime, read_checked, read_image
 from .detect import crop_faces
 
 # %% ../nbs/09a_classify.ipynb #0593092f
@@ -160,7 +160,7 @@ def _options(threads):
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     options.log_severity_level = 3 # errors only: its warnings are about its own optimisations
-    options.add_session_config_entry('session.model_external_initializers_file_folder_path', os.path.join(os.devnull, 'none')) # weights are in the graph, or nowhere
+    options.add_session_config_entry('session.load_model_format', 'ONNX') # and not ORT, a format of its own that nobody has checked
     return options
 
 @lru_cache(maxsize=8)
@@ -169,6 +169,7 @@ def _open_session(folder, stamp, threads, providers):
     onnxruntime = import_onnxruntime()
     path, names, card = folder/'model.onnx', [name for name, _ in providers], _kept_card(folder, stamp)
     graph = read_checked(path, card['files']['model.onnx']['sha256']) # opened from these bytes, so nothing else can come in
+    check_self_contained(graph, path)
     try: session = onnxruntime.InferenceSession(graph, _options(threads), names, [dict(options) for _, options in providers])
     except _graph_errors() as e:
         raise ValueError(f'onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}') from None

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMOTIONS', 'UNCERTAIN', 'Box', 'Prediction', 'expect_error', 'read_image', 'require', 'import_cv2',
-           'import_onnxruntime', 'write_whole', 'spare_path', 'read_checked', 'sample_portrait']
+           'import_onnxruntime', 'check_self_contained', 'write_whole', 'spare_path', 'read_checked', 'sample_portrait']
 
 # %% ../nbs/00_core.ipynb #a78e35d1
-import errno, hashlib, io, os, stat
+import errno, hashlib, io, os, re, stat
 import secrets
 import threading
 from contextlib import contextmanager
@@ -270,6 +270,15 @@ def import_onnxruntime(): # the module `onnxruntime`
     os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     import onnxruntime
     return onnxruntime
+
+_LOCATION = re.compile(rb'(?:\n|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location') # numbers may be written longer than they need to be
+
+def check_self_contained(
+    graph: bytes, # an ONNX graph, as it lies in its file
+    path, # of that file, for the message
+) -> None:
+    "Raise a `ValueError` where a graph names other files for its weights: not every version of ONNX Runtime refuses them"
+    if b'location' in graph and _LOCATION.search(graph): raise ValueError(f'cannot open {str(path)!r}: it says that weights lie in another file, expected them in the graph')
 
 # %% ../nbs/00_core.ipynb #6fee2537
 def _check_target(path):

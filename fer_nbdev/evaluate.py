@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import auc, average_precision_score, classification_report, confusion_matrix, log_loss, precision_recall_curve, precision_recall_fscore_support, roc_curve
 
-from .core import EMOTIONS, import_cv2, import_onnxruntime
+from .core import EMOTIONS, check_self_contained, import_cv2, import_onnxruntime
 from .data import FER2013, find_duplicates, split_names
 
 # %% ../nbs/06_evaluate.ipynb #89a4ffa1
@@ -307,7 +307,9 @@ def _open_onnx(path, classes):
     "An ONNX file on its own, without a card."
     onnxruntime = import_onnxruntime()
     if not path.is_file(): raise FileNotFoundError(f"there is no ONNX file {str(path)!r}")
-    try: session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    graph = path.read_bytes()
+    check_self_contained(graph, path)
+    try: session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     except Exception as e: raise ValueError(f"onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}") from None  # its errors share no class but this
     inputs = [(i.name, i.type, i.shape) for i in session.get_inputs()]
     if len(inputs) != 1 or inputs[0][1] != "tensor(uint8)" or len(inputs[0][2]) != 3:

@@ -38,14 +38,15 @@ def _open_capture(source, name, timeout):
     "An open `cv2.VideoCapture`; raises a `ValueError` that says what is wrong with a file, an address or a camera"
     cv2 = import_cv2()
     os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8') # what is wrong is said below, in one line
-    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    set_level = cv2.utils.logging.setLogLevel if hasattr(cv2.utils, 'logging') else cv2.setLogLevel # OpenCV 4.13 moved it
+    level = set_level(0) # silent
     try:
         if isinstance(source, int): capture = cv2.VideoCapture(source)
         elif '://' in source:
             wait = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, round(1000 * timeout), cv2.CAP_PROP_READ_TIMEOUT_MSEC, round(1000 * timeout)]
             capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, wait)
         else: capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG)
-    finally: cv2.utils.logging.setLogLevel(level)
+    finally: set_level(level)
     if capture.isOpened(): return capture
     if isinstance(source, int): raise ValueError(f'{name} cannot be opened: is one connected, free, and may this program use it? Another one is 1, 2, ...')
     if '://' in source: raise ValueError(f'{name} cannot be opened within {timeout:g} s: check the address, and that it is a video')

@@ -220,6 +220,22 @@ def test_a_graph_reads_no_other_file(place, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="cannot open"): FaceClassifier(folder).predict_faces(FACES)
 
 
+@pytest.mark.parametrize("key", [b"\n\x08location", b"\n\x88\x00location", b"\n\x88\x80\x80\x00location", b"\x8a\x00\x08location", b"\x8a\x80\x00\x88\x00location"])
+def test_the_name_of_another_file_is_found_however_it_is_written(key):
+    "Protobuf reads numbers that are written longer than they need to be."
+    from onnx import StringStringEntryProto
+    from fer_nbdev.core import check_self_contained
+    assert StringStringEntryProto.FromString(key).key == "location"
+    with pytest.raises(ValueError, match="another file"): check_self_contained(b"before" + key + b"after", "model.onnx")
+
+
+def test_a_layer_may_be_called_location(tmp_path):
+    def rename(model):
+        model.graph.name = model.graph.node[2].name = "location"
+        model.doc_string = "a location"
+    assert FaceClassifier(model_folder(tmp_path / "model", small_graph(EMOTIONS, rename), EMOTIONS)).predict_faces(FACES).shape[1] == 7
+
+
 def test_a_graph_with_operators_of_its_own_is_refused(tmp_path):
     def custom(model):
         model.graph.node[2].domain = "evil.ops"
