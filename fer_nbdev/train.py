@@ -51,6 +51,8 @@ class FERLearner(Learner):
         if bar := getattr(getattr(self, "progress", None), "mbar", None): bar.update(0)  # begins where every bar does, also that of a resumed fit
         for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
+    def gather_args(self): return {}  # for fastai's WandbCallback, which would walk through every face; the recipe is in its config already
+
 # %% ../nbs/05_train.ipynb #fab8e9d5
 def decay_groups(
     model: torch.nn.Module,  # the network to be optimised
