@@ -287,7 +287,8 @@ class _Timm(_Library):
         if refused: raise ValueError(f"timm/{name}: {', '.join(refused)} would load weights from elsewhere; pass pretrained=path/to/weights.safetensors")
         if about.fixed_input_size: kwargs["img_size"] = img_size
         with _build_errors(f"timm/{name}", n_in, img_size), _hub_errors(f"timm/{name}", hub):
-            return _tried(timm.create_model(name, pretrained=hub, num_classes=n_classes, in_chans=n_in, **kwargs), n_in, img_size)
+            body = timm.create_model(name, pretrained=hub, num_classes=n_classes, in_chans=n_in, **kwargs)
+            return _tried(body if hub and n_classes == about.num_classes else _with_new_head(body), n_in, img_size)
 
     def rename(self, state, body):
         source = vars(sys.modules[type(body).__module__])
@@ -312,7 +313,7 @@ class _Torchvision(_Library):
         if name.startswith("vit_"): kwargs["image_size"] = img_size
         if name.startswith("maxvit_"): kwargs["input_size"] = (img_size, img_size)
         with _build_errors(f"torchvision/{name}", n_in, img_size):
-            body = _tried(self._models().get_model(name, weights=None, num_classes=n_classes, **kwargs), 3, img_size)
+            body = _tried(_with_new_head(self._models().get_model(name, weights=None, num_classes=n_classes, **kwargs)), 3, img_size)
         if n_in == 1:
             first = next(m for m in body.modules() if isinstance(m, nn.Conv2d))
             first.weight, first.in_channels = nn.Parameter(first.weight.detach().sum(1, keepdim=True)), 1
@@ -333,6 +334,21 @@ def list_bodies(
     "Names of the networks of timm and torchvision that fit a pattern, as `create_model` takes them."
     return [f"{place}/{name}" for place in ("timm", "torchvision") for name in _LIBRARIES[place].names() if fnmatch(f"{place}/{name}", pattern)]
 
+# %% ../nbs/03_models.ipynb #065ca8c4
+def _classifiers(body):
+    "The final layers of a body: those that timm's `get_classifier` names, else its last linear layer or convolution."
+    if not hasattr(body, "get_classifier"): return [m for m in body.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
+    found = body.get_classifier()
+    return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+
+def _with_new_head(body):
+    "The body, its classifier drawn anew: ±1/√(number of inputs)."
+    for head in _classifiers(body):
+        for m in head.modules():
+            if hasattr(m, "reset_parameters"): m.reset_parameters()
+    return body
+
+
 # %% ../nbs/03_models.ipynb #5f4fe43e
 def _read_weights(path):
     "Name -> tensor of a weights file. Nothing in it is run."
@@ -348,12 +364,6 @@ def _read_weights(path):
     return state
 
 # %% ../nbs/03_models.ipynb #822b9e3b
-def _classifiers(body):
-    "The final layers of a body: those that timm's `get_classifier` names, else its last linear layer or convolution."
-    if not hasattr(body, "get_classifier"): return [m for m in body.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
-    found = body.get_classifier()
-    return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-
 def _fitted(value, target):
     "`value` if its shape is that of `target`, or is so once summed over RGB; else None."
     if value.ndim == target.ndim == 4 and value.shape[1] == 3*target.shape[1]: value = require("timm.models", "train").adapt_input_conv(1, value)

@@ -46,12 +46,11 @@ from .recipe import OPTIMIZERS, Recipe, create_augment, plain_recipe, read_recip
 class FERLearner(Learner):
     "A fastai `Learner` that can begin a fit at `first_epoch`."
     first_epoch = 0
+    gather_args = dict  # fastai's Weights & Biases callback asks for them and would walk through every face; the recipe is in its config already
 
     def _do_fit(self):
         if bar := getattr(getattr(self, "progress", None), "mbar", None): bar.update(0)  # begins where every bar does, also that of a resumed fit
         for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, "epoch", CancelEpochException)
-
-    def gather_args(self): return {}  # for fastai's WandbCallback, which would walk through every face; the recipe is in its config already
 
 # %% ../nbs/05_train.ipynb #fab8e9d5
 def decay_groups(

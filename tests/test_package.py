@@ -68,3 +68,13 @@ def test_the_tests_run_from_the_sdist(built, tmp_path):
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py", "tests/test_notebooks.py", "-k", "house or 00_core or 10_inference",
                cwd=tree, PYTHONPATH=str(tree))
     assert " passed" in said and "failed" not in said
+
+
+def test_the_container_is_made_from_what_is_there():
+    "Everything that is copied exists and passes .dockerignore, nothing else does, and what runs is not root. (The build itself needs Docker.)"
+    lines = [line.split() for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines() if line and line[0] not in "# "]
+    copied = {name for line in lines if line[0] == "COPY" and not line[1].startswith("--") for name in line[1:-1]}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")}
+    assert copied == allowed and all((ROOT / name).exists() for name in copied)
+    assert [line[1] for line in lines if line[0] == "USER"][-1] == "fer" and lines[-1][0] == "CMD"
+    assert "*" in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
