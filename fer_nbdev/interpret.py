@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import fastai.vision.learner  # noqa: F401 - teaches plot_top_losses and show_results to draw images
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd

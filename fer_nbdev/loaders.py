@@ -207,6 +207,12 @@ def decode(self: FERLoader, b):
     hard = (TensorCategory(t.argmax(-1)) if isinstance(t, TensorSoftCategory) else t for t in b)
     return super(FERLoader, self).decode(tuple(hard))
 
+@patch
+def _pre_show_batch(self: FERLoader, b, max_n=9):
+    "As fastai does, once it knows how to draw predictions: that import takes seconds, which training can do without."
+    import fastai.vision.learner  # noqa: F401 - teaches plot_top_losses and show_results to draw images
+    return super(FERLoader, self)._pre_show_batch(b, max_n)
+
 # %% ../nbs/02_loaders.ipynb #771d9817
 @dataclass(frozen=True)
 class Augment:

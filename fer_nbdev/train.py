@@ -22,7 +22,6 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, SchedNo, combine_scheds, combined_cos  # patches lr_find into Learner too
 from fastai.callback.training import GradientClip
-import fastai.vision.learner  # noqa: F401 - teaches show_results and plot_top_losses to draw images
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy, skm_to_fastai

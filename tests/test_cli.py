@@ -1,0 +1,64 @@
+"""The commands one after the other, as a user types them: a csv becomes a run, a model, a report and a second export."""
+import csv
+import json
+
+import pytest
+
+pytest.importorskip("fastai")
+from typer.testing import CliRunner
+
+from fer_nbdev.cli import app
+from fer_nbdev.data import synthetic_faces
+
+
+def _fer(line, code=0):
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A folder with fer2013.csv and a run of two epochs in it; what `fer train` printed."
+    folder, table = tmp_path_factory.mktemp("cli"), synthetic_faces(280)
+    with open(folder / "fer2013.csv", "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["emotion", "pixels", "Usage"])
+        rows.writerows([e, " ".join(map(str, face.ravel())), usage] for e, face, usage in zip(table.emotion, table.pixels, table.usage))
+    return folder, _fer(f"train --data {folder}/fer2013.csv --recipe synthetic --set epochs=2 --out {folder}/run")
+
+
+@pytest.fixture(autouse=True)
+def in_its_folder(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+
+
+def test_training_leaves_a_model_and_its_report(trained):
+    folder, said = trained
+    card = json.loads((folder / "run/model/card.json").read_text())
+    assert f"PrivateTest: accuracy {card['scores']['PrivateTest']['accuracy']:.1%}" in said
+    assert {p.name for p in (folder / "run").iterdir()} >= {"recipe.yaml", "run.json", "history.csv", "history.json", "curves.png", "best.safetensors", "last.safetensors", "model", "report"}
+    assert json.loads(_fer("predict --model run/model --json"))["faces"][0]["emotion"] in card["classes"]
+
+
+def test_a_model_is_evaluated_exported_again_and_compared(trained):
+    folder, _ = trained
+    scores = json.loads((folder / "run/model/card.json").read_text())["scores"]
+    said = _fer("evaluate run/model --data fer2013.csv --split private --out report")
+    assert f"{scores['PrivateTest']['accuracy']:.2%}" in said or f"{scores['PrivateTest']['accuracy']:.1%}" in said
+    assert "data:image/png;base64" in (folder / "report/report.html").read_text(encoding="utf-8")
+    with open(folder / "report/predictions.csv", newline="") as f:
+        assert len(list(csv.DictReader(f))) == scores["PrivateTest"]["n"]
+    _fer("export run exported --data fer2013.csv")
+    assert json.loads((folder / "exported/card.json").read_text())["scores"] == scores
+    assert "exported" in _fer("evaluate run/model --data fer2013.csv --compare exported")
+
+
+def test_resuming_keeps_the_recipe_and_nothing_trains_over_a_run(trained):
+    folder, _ = trained
+    before = (folder / "run/history.json").read_text()
+    _fer("train --data fer2013.csv --out run --resume")
+    assert (folder / "run/history.json").read_text() == before
+    _fer("train --data fer2013.csv --recipe synthetic --out run", code=2)
+    _fer("train --data fer2013.csv --recipe synthetic --out run --resume", code=2)
+    assert (folder / "run/history.json").read_text() == before
