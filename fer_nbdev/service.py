@@ -80,21 +80,30 @@ def _refusals(*statuses):
     return {s: {'model': _Problem, 'description': _REFUSALS[s]} | ({'headers': later} if s in (429, 503) else {}) for s in statuses}
 
 # %% ../nbs/11a_service.ipynb #ae718354
+async def _swallow(stream, most, seconds=1.):
+    "Receive some more of a body that is refused, and forget it: who is cut off while still sending may never see the answer"
+    until = monotonic() + seconds
+    with suppress(ClientDisconnect, StopAsyncIteration, asyncio.TimeoutError):
+        while most > 0: most -= len(await asyncio.wait_for(anext(stream), max(.001, until - monotonic())))
+
 class _Intake:
     "Receives bodies, and knows how many bytes are held"
     def __init__(self, limits): self.limits, self.held = limits, 0
 
     async def chunks(self, request, most, seconds):
         "The pieces of a body, until it is too large or too slow"
-        declared, size, until = request.headers.get('content-length', ''), 0, monotonic() + seconds
-        if declared.isdigit() and int(declared) > most: raise _refusal(413, f'the body has {int(declared):,} bytes, more than {most:,}')
-        stream = request.stream()
+        declared, size, until, stream = request.headers.get('content-length', ''), 0, monotonic() + seconds, request.stream()
+        if declared.isdigit() and int(declared) > most:
+            await _swallow(stream, most)
+            raise _refusal(413, f'the body has {int(declared):,} bytes, more than {most:,}')
         while True:
             try: chunk = await asyncio.wait_for(anext(stream), max(.001, until - monotonic()))
             except StopAsyncIteration: return
             except ClientDisconnect: raise _refusal(408, 'the client broke off') from None
             except asyncio.TimeoutError: raise _refusal(408, f'the body did not arrive within {seconds:g} s') from None
-            if (size := size + len(chunk)) > most: raise _refusal(413, f'the body has more than {most:,} bytes')
+            if (size := size + len(chunk)) > most:
+                await _swallow(stream, most)
+                raise _refusal(413, f'the body has more than {most:,} bytes')
             yield chunk
 
     @asynccontextmanager

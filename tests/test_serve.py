@@ -213,7 +213,7 @@ def test_garbage(server, client):
 
 
 def test_a_body_is_cut_off_while_it_comes(server, client):
-    "Three megabytes are allowed. Whoever announces more is refused at once, and whoever does not is refused on the way."
+    "Three megabytes are allowed. Whoever announces more is refused within a second, and whoever does not is refused on the way."
     _, port = server
     back = _raw(port, HEAD + b"Content-Length: 50000000000\r\n\r\n")
     assert b" 413 " in back[:20]
@@ -461,7 +461,8 @@ def test_videos_have_limits_too(clip, monkeypatch):
             return client.post("/v1/video", content=body, headers={"Content-Type": kind})
         job = send().json()["id"]
         assert "lasts 2 s, more than 1 s" in _finished(client, job)["error"]
-        assert send(clip + bytes(11)).status_code == 413 and send(kind="image/png").status_code == 415
+        assert {send(clip + bytes(11)).status_code for _ in range(20)} == {413}, "closed under a client that is still sending, the connection takes the answer along"
+        assert send(kind="image/png").status_code == 415
         eventually(lambda: client.get(f"/v1/video/{job}").status_code == 404) # kept for half a second
         eventually(lambda: not list(app.state.videos.folder.iterdir()))
         monkeypatch.setattr(serve, "_open_video", waiting)
