@@ -348,7 +348,6 @@ def _with_new_head(body):
             if hasattr(m, "reset_parameters"): m.reset_parameters()
     return body
 
-
 # %% ../nbs/03_models.ipynb #5f4fe43e
 def _read_weights(path):
     "Name -> tensor of a weights file. Nothing in it is run."

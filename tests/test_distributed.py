@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from _tables import write_csv
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 if not hasattr(os, "fork"):
@@ -272,8 +273,7 @@ def test_other_data_on_one_rank_ends_the_run(tmp_path):
 
 def test_fer_train_goes_on_under_torchrun(drawn, killed, tmp_path):
     "The command line on two ranks: resumed, exported, reported, each once."
-    rows = zip(TABLE.emotion, TABLE.pixels, TABLE.usage)
-    (tmp_path / "faces.csv").write_text("emotion,pixels,Usage\n" + "".join(f"{e},{' '.join(map(str, p.ravel()))},{u}\n" for e, p, u in rows))
+    write_csv(TABLE, tmp_path / "faces.csv")
     shutil.copytree(killed[0], tmp_path / "run")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
                            "-m", "fer_nbdev", "train", "--resume", "--data", "faces.csv", "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=300)

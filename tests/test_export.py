@@ -78,7 +78,7 @@ def test_so_does_a_graph_that_moves_pixels_first(table):
     folded = ExportedModel(Folded())
     graph = quantize_graph(create_onnx(folded), table.pixels[:64])
     steps = {n.op_type for n in onnx.load_from_string(graph).graph.node}
-    if "Shape" not in steps:  # older exporters compute sizes in the graph, which then keeps its normalisation: slower, and as right
+    if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 8):  # older exporters compute sizes in the graph, which then keeps its normalisation: slower, and as right
         assert b"face_zero" in graph and not {"Cast", "Sub", "Mul"} & steps
     check_parity(graph, folded, table.pixels[64:128], weights="int8", limits=dict(equal_answers=.8, max_difference=.1))
 

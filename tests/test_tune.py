@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from _tables import write_csv
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed")
 
@@ -73,14 +74,9 @@ def test_the_best_recipe_trains(found, tmp_path):
     assert max(h["accuracy"] for h in history) == pytest.approx(study.best_value, abs=1e-6)  # PrivateTest rows beside it change nothing
 
 
-def write_csv(path):
-    rows = zip(TABLE.emotion, TABLE.pixels, TABLE.usage)
-    path.write_text("emotion,pixels,Usage\n" + "".join(f"{e},{' '.join(map(str, p.ravel()))},{u}\n" for e, p, u in rows))
-
-
 def test_a_killed_search_loses_no_trial(tmp_path, monkeypatch):
     "Killed by the system in the middle of the third trial, from the command line, and resumed."
-    write_csv(tmp_path / "faces.csv")
+    write_csv(TABLE, tmp_path / "faces.csv")
     TINY.write(tmp_path / "tiny.yaml")
     command = ["tune", "--data", "faces.csv", "--trials", "4", "--out", "search", "--device", "cpu"]
     search = subprocess.Popen([sys.executable, "-m", "fer_nbdev", *command, "--recipe", "tiny.yaml", "--search", SPACE[0], "--search", SPACE[1]],
