@@ -95,6 +95,75 @@ def test_every_network_gives_maps_and_is_left_as_it_was(arch):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.fixture(scope="module")
+def learned():
+    "A network that knows the drawn faces a little, and ten of them."
+    torch.manual_seed(0)
+    table = synthetic_faces(210)
+    network = open_network(create_model("fast_resnet", widths=(16, 32), blocks=(1, 1), dropout=0.))
+    x, y, opt = network.prepare(table.pixels), torch.from_numpy(table.emotion).long(), torch.optim.AdamW(network.model.parameters(), .01)
+    for rows in torch.randperm(210).repeat(4).split(35):
+        F.cross_entropy(network.model(x[rows]), y[rows]).backward()
+        opt.step()
+        opt.zero_grad()
+    network.model.eval()
+    return network, table.pixels[:10]
+
+
+def test_gradcam_behind_a_pool_is_cam(learned):
+    "Behind an average pool and a linear layer Grad-CAM is the last maps weighted by the classifier (Zhou et al. 2016)."
+    network, faces = learned
+    model, x, target = network.model, network.prepare(faces), torch.arange(10) % 7
+    with torch.no_grad():
+        maps, w, p = model.stages(x), model.head[-1].weight, model(x).softmax(1)
+        cam = torch.einsum("nc,nchw->nhw", w[target] - p @ w, maps).clamp(min=0)
+        cam = F.interpolate(cam[:, None], (48, 48), mode="bilinear")[:, 0]
+        cam /= cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    assert cam.any()
+    np.testing.assert_allclose(grad_cam(network, faces, target.numpy(), method="gradcam", layer="stages"), cam.numpy(), atol=1e-4)
+
+
+def test_layercam_is_its_formula(learned):
+    "One layer, summed over the channels by a loop."
+    network, faces = learned
+    model, x, target = network.model, network.prepare(faces), torch.arange(10) % 7
+    maps = model.stages[:2](x).detach().requires_grad_()
+    slopes = torch.autograd.grad(model.head(model.stages[2](maps)).log_softmax(1)[range(10), target].sum(), maps)[0]
+    summed = np.zeros((10, 24, 24))
+    for c in range(maps.shape[1]):
+        summed += np.maximum(slopes[:, c].numpy(), 0) * maps[:, c].detach().numpy()
+    large = F.interpolate(torch.tensor(summed).clamp(min=0)[:, None], (48, 48), mode="bilinear")[:, 0].numpy()
+    np.testing.assert_allclose(grad_cam(network, faces, target.numpy(), layer="stages.1"), large / large.max((1, 2), keepdims=True), atol=1e-4)
+
+
+@pytest.mark.parametrize("size, stride", [(16, 12), (12, 12)])
+def test_occlusion_is_what_loops_over_positions_find(learned, size, stride):
+    network, faces = learned
+
+    def by_loops(face, c):
+        p, lost, n = network.predict_faces(face[None])[0, c], np.zeros((48, 48)), np.zeros((48, 48))
+        for top in range(stride - size, 48, stride):
+            for left in range(stride - size, 48, stride):
+                box = slice(max(top, 0), top + size), slice(max(left, 0), left + size)
+                covered = face.copy()
+                covered[box] = 130
+                lost[box] += p - network.predict_faces(covered[None])[0, c]
+                n[box] += 1
+        return lost / n
+
+    raw = occlusion_map(network, faces[3:5], ["happy", 4], size=size, stride=stride, scale=False)
+    np.testing.assert_allclose(raw, [by_loops(faces[3], 3), by_loops(faces[4], 4)], atol=1e-5)
+    scaled = raw.clip(0) / raw.clip(0).max((1, 2), keepdims=True)
+    np.testing.assert_allclose(occlusion_map(network, faces[3:5], ["happy", 4], size=size, stride=stride), scaled, atol=1e-5)
+
+
+def test_a_frozen_network_gives_maps_too(learned):
+    _, faces = learned
+    model = create_model("se_resnet", stem=8, widths=(16, 32), blocks=(1, 1)).train().requires_grad_(False)
+    assert np.array_equal(grad_cam(model, faces[:3], "happy", bs=2), grad_cam(model, faces[:3], [3, "happy", 3], bs=2))
+    assert grad_cam(model, faces[:3], "happy").any() and model.training
+
+
 @pytest.mark.parametrize("arch", list_models() + BORROWED[:3])
 def test_features_are_what_the_last_layer_multiplies(arch):
     model = create_model(arch).eval()
