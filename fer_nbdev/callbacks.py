@@ -167,8 +167,10 @@ class Curves(Callback):
         out,  # folder of the run
         monitor: str = "accuracy",  # what marks the best epoch
         show: bool = True,  # on the screen too, where this is a notebook
-        every: float = 2.,  # seconds that pass at least between two pictures
-    ): self.out, self.monitor, self.show, self.every, self.display, self.drawn = Path(out), monitor, show, every, None, 0.
+        every: float = 2.,  # seconds that pass at least before a picture
+    ): self.out, self.monitor, self.show, self.every, self.display = Path(out), monitor, show, every, None
+
+    def before_fit(self): self.drawn = time.time()
 
     def after_epoch(self):
         if time.time() - self.drawn > self.every: self._draw()
