@@ -1,8 +1,8 @@
 """What do the bundled models score, and what do they cost? Everything that is said of them, for each model:
 
-  scores     PublicTest (it selected the epoch and the temperature) and PrivateTest (scored for this, nothing is chosen on it):
+  scores     PublicTest (it selected the epoch and the calibration) and PrivateTest (scored for this, nothing is chosen on it):
              accuracy with its interval, macro F1, per class, log loss, calibration error, confusion, with one view of a face
-             and with the ten of test-time averaging, and with the temperature taken out again
+             and with the ten of test-time averaging, and with the calibration taken out again
   copies     the same on the PrivateTest faces that are not pixel for pixel a Training face as well; and on those that do not
              show the same picture as a Training face at all, shifted, mirrored or compressed anew (the search takes minutes)
   FER+       PrivateTest against what more than half of FER+'s voters said, where that is one of the seven classes (--ferplus)
@@ -13,10 +13,12 @@
 With --cards the milliseconds are written into the models' cards, from which `fer models` shows them.
 """
 import argparse
+import hashlib
 import json
 import statistics
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from _report import hardware, on_cores, report
 
 SPLITS = ("PublicTest", "PrivateTest")
 KEPT = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece")
-MADE = ("recipe", "seed", "commit", "hardware", "train_minutes", "date", "best_epoch", "temperature", "versions")
+MADE = ("recipe", "seed", "commit", "hardware", "train_minutes", "date", "best_epoch", "calibration", "versions")
 EXAMPLES = """examples:
   python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards     the measurement, ten minutes
   python bench/bundled.py --out /tmp                                              a quick try on drawn faces"""
@@ -43,14 +45,21 @@ def count_operations(card):
     return counter.get_total_flops()
 
 
-def uncalibrated(probs, temperature):
-    "What the network says before its logits are divided by the temperature."
-    powers = np.asarray(probs, np.float64).clip(1e-30) ** temperature
-    return powers / powers.sum(1, keepdims=True)
+def uncalibrated(name, folder):
+    "A copy of a bundled model without its calibration, as a model folder."
+    import fer_nbdev
+    from fer_nbdev.export import calibrate_graph
+    card, graph = (Path(fer_nbdev.__file__).parent / "weights" / name / file for file in ("card.json", "model.onnx"))
+    out, plain = Path(folder) / name, calibrate_graph(graph.read_bytes(), None)
+    out.mkdir()
+    (out / "model.onnx").write_bytes(plain)
+    about = json.loads(card.read_text(encoding="utf-8")) | {"files": {"model.onnx": {"sha256": hashlib.sha256(plain).hexdigest(), "bytes": len(plain)}}}
+    (out / "card.json").write_text(json.dumps(about), encoding="utf-8")
+    return out
 
 
-def score_views(name, table, card, near):
-    "Split -> the figures of one view and of ten, of what is left without copies, of one view without near copies, and without temperature."
+def score_views(name, table, near):
+    "Split -> the figures of one view and of ten, of what is left without copies, of one view without near copies, and without calibration."
     from fer_nbdev.evaluate import confidence_intervals, evaluate_model, score
     rows = {}
     for split in SPLITS:
@@ -59,8 +68,9 @@ def score_views(name, table, card, near):
             e = evaluate_model(name, table, split, tta=tta)
             rows[split][views] = e.scores
             if not tta:
-                plain = score(uncalibrated(e.probs, card["temperature"]), e.table.emotion, e.table.classes)
-                rows[split]["without_temperature"] = {k: plain[k] for k in KEPT}
+                with TemporaryDirectory() as folder:
+                    plain = evaluate_model(uncalibrated(name, folder), table, split, n_resamples=2).scores
+                rows[split]["uncalibrated"] = {k: plain[k] for k in KEPT}
                 copy = near.leaks(split)[e.rows]
                 unseen = score(e.probs[~copy], e.table.emotion[~copy], e.table.classes)
                 rows[split]["without_near_copies"] = {"copies": int(copy.sum()), "n": unseen["n"], **{k: unseen[k] for k in KEPT},
@@ -142,7 +152,7 @@ def main():
     models = {}
     for name, card in cards.items():
         print(name, file=sys.stderr)
-        models[name] = {"scores": score_views(name, table, card, near), "ferplus": score_by_voters(name, table, ferplus) if ferplus else None,
+        models[name] = {"scores": score_views(name, table, near), "ferplus": score_by_voters(name, table, ferplus) if ferplus else None,
                         "cost": {"n_params": card["n_params"], "flops": count_operations(card), "bytes": card["files"]["model.onnx"]["bytes"], **took[name]},
                         "made": {k: card.get(k) for k in ("arch", *MADE)}}
         if args.cards:

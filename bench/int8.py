@@ -74,9 +74,8 @@ def float_graphs(run):
     from fer_nbdev.train import load_run
     weights, found = Path(_report.ROOT) / "fer_nbdev" / "weights", {}
     for folder in sorted(p.parent for p in weights.glob("*/card.json")):
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
         if run and folder.name == "accurate":
-            found[folder.name] = create_onnx(ExportedModel(load_run(run), stats=read_recipe(run / "recipe.yaml").stats, temperature=card["temperature"])), True
+            found[folder.name] = create_onnx(ExportedModel(load_run(run), stats=read_recipe(run / "recipe.yaml").stats)), True
         else:
             found[folder.name] = in_float32((folder / "model.onnx").read_bytes()), True
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ __all__ = ['app', 'main', 'find_images', 'predict', 'video', 'webcam', 'serve', 
            'export']
 
 # %% ../nbs/14_cli.ipynb #b1e67778
-import csv, glob, io, json, os, sys
+import csv, glob, io, json, os, sys, warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,7 @@ app.info.cls = _Errors
 
 def main():
     "Entry point of the `fer` command."
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # fastai uses it
     app()
 
 def _show_version(on: bool):
@@ -264,7 +265,6 @@ _Timeline = Annotated[Path | None, typer.Option(help="Picture to write: the prob
 
 def _run_video(source, live, model, detector, min_confidence, jsonl, **settings):
     "Follow the faces of a video with a progress bar, and print the summary."
-    import warnings
     from fer_nbdev.inference import Predictor
     from fer_nbdev.video import VideoReader, process_video
     predictor = Predictor(model, detector=detector, min_confidence=min_confidence)
@@ -479,8 +479,9 @@ def _report(run, table):
 
 # %% ../nbs/14_cli.ipynb #91ed808d
 def _print_card(card, out):
-    "The scores of an exported model, and where it is."
+    "The scores of an exported model, what its calibration is worth, and where it is."
     for usage, s in card.get("scores", {}).items(): print(f"{usage}: accuracy {s['accuracy']:.1%}, macro F1 {s['macro_f1']:.3f}, ECE {s['ece']:.3f}")
+    if (c := card.get("calibration")) and c["losses"]: print(f"calibration: {c['method']}; log loss on {c['fitted_on']} faces that it was not fitted on: " + ", ".join(f"{m} {v:.3f}" for m, v in c["losses"].items()))
     print(f"model: {out}")
 
 # %% ../nbs/14_cli.ipynb #7bbc9e90
@@ -565,22 +566,23 @@ def _print_scores(s, title):
 # %% ../nbs/14_cli.ipynb #8e5a2318
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, or a model folder (with --int8).")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.")],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
-    data: Annotated[Path | None, typer.Option(help="The run's data: fits the temperature on PublicTest and scores the test splits; int8 needs it to calibrate.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A csv or class folders: PublicTest, or val, calibrates the probabilities, and the test splits are scored; --int8 needs training faces too.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights and activations of eight bits: smaller, and faster on most processors.")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="Weights as they were trained. Default: float16, half the size.")] = False,
 ):
-    """Write a model folder, `model.onnx` and `card.json`, and check it against the network it came from.
+    """Write a model folder, `model.onnx` and `card.json`, and check it against the network it came from; or calibrate a finished model on faces of your own.
 
-    Examples: `fer export run model --data fer2013.csv` · `fer export run small --data fer2013.csv --int8`
+    Examples: `fer export run model --data fer2013.csv` · `fer export run small --data fer2013.csv --int8` · `fer export accurate mine --data faces`
     """
     if int8 and float32: raise typer.BadParameter("--int8 and --float32 exclude each other")
     require("fastai", "train")
-    from fer_nbdev.export import export_run, export_weights, quantize_model
+    from fer_nbdev.export import calibrate_model, export_run, export_weights, quantize_model
+    from fer_nbdev.classify import bundled_models
     table, weights = _read_data(data) if data else None, "int8" if int8 else "float32" if float32 else "float16"
     if int8 and table is None: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
-    if (checkpoint/"card.json").is_file():
-        if not int8: raise ValueError(f"{checkpoint} is a model folder already; with --int8 it is written again with eight bits")
-        return _print_card(quantize_model(checkpoint, out, table), out)  # type: ignore[arg-type]
+    if (checkpoint/"card.json").is_file() or str(checkpoint) in bundled_models():
+        if table is None: raise ValueError(f"{checkpoint} is a finished model: --data calibrates it on other faces, and with --int8 turns it into eight bits")
+        return _print_card((quantize_model if int8 else calibrate_model)(checkpoint, out, table), out)
     _print_card((export_weights if checkpoint.is_file() else export_run)(checkpoint, out, table, weights=weights), out)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'ExportedModel', 'create_onnx', 'halve_weights', 'quantize_graph', 'parity_report', 'check_report',
-           'check_parity', 'export_model', 'export_run', 'quantize_model', 'export_weights', 'export_learner']
+           'check_parity', 'calibrate_graph', 'export_model', 'export_run', 'quantize_model', 'calibrate_model',
+           'export_weights', 'export_learner']
 
 # %% ../nbs/08_export.ipynb #4cd7082b
 import hashlib, io, json, logging, os, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +19,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from fastai.data.transforms import Normalize
-from scipy.special import log_softmax
 from torch import nn
 
 from .core import EMOTIONS, import_cv2, import_onnxruntime, read_checked, require, spare_path, write_whole
 from .data import FER2013, select_classes, synthetic_faces
-from .evaluate import fit_temperature, score
+from .evaluate import Calibration, fit_calibration, score
 from .loaders import FER2013_STATS
 from .models import count_parameters, create_model, input_stats
 from .recipe import Recipe, plain_recipe, read_recipe
@@ -73,12 +73,10 @@ class ExportedModel(nn.Module):
         model: nn.Module,  # normalised float [n, 1, img_size, img_size], or [n, 3, ...], to logits [n, k]
         img_size: int = 48,  # side of the faces, in pixels
         stats: tuple = FER2013_STATS,  # mean and standard deviation of the pixels in 0..1; numbers, or one a channel
-        temperature: float = 1.,  # the logits are divided by it
     ):
         super().__init__()
-        if not temperature > 0: raise ValueError(f"temperature={temperature!r}: expected a number above zero")
         mean, std = _channel_stats(stats)
-        self.model, self.img_size, self.temperature = deepcopy(model).cpu().eval(), img_size, temperature
+        self.model, self.img_size = deepcopy(model).cpu().eval(), img_size
         self.n_in, self.n_classes = _try_out(self.model, img_size, (1, 3) if mean.numel() == 1 else (3,))
         self.register_buffer("mean", 255*mean.repeat(1, self.n_in//mean.numel(), 1, 1))
         self.register_buffer("scale", 1/(255*std.repeat(1, self.n_in//std.numel(), 1, 1)))
@@ -86,17 +84,17 @@ class ExportedModel(nn.Module):
     def logits(self,
         faces: torch.Tensor,  # uint8 [n, img_size, img_size]
     ) -> torch.Tensor:
-        "What the network says of raw faces, float [n, k], before temperature and softmax."
+        "What the network says of raw faces, float [n, k], before the softmax."
         return self.model((faces.unsqueeze(1).float() - self.mean) * self.scale)
 
-    def forward(self, faces): return torch.softmax(self.logits(faces)/self.temperature, dim=1)
+    def forward(self, faces): return torch.softmax(self.logits(faces), dim=1)
 
-    def predict_logits(self,
+    def predict_faces(self,
         faces: np.ndarray,  # uint8 [n, img_size, img_size]
         bs: int = 256,  # faces at once
     ) -> np.ndarray:
-        "`logits` of an array, float32 [n, k]."
-        with torch.no_grad(): return torch.cat([self.logits(b) for b in torch.from_numpy(faces).split(bs)]).numpy()
+        "Probabilities of an array, float32 [n, k]."
+        with torch.no_grad(): return torch.cat([self(b) for b in torch.from_numpy(faces).split(bs)]).numpy()
 
 # %% ../nbs/08_export.ipynb #ef6bf531
 def _strip(proto):
@@ -223,7 +221,7 @@ def _take_bytes(proto):
     return proto
 
 # %% ../nbs/08_export.ipynb #759ddd27
-class _Calibration:
+class _Batches:
     "Faces in batches, as onnxruntime's calibration asks for them."
     def __init__(self, faces, bs=32): self.batches = ({"faces": faces[i:i+bs]} for i in range(0, len(faces), bs))
     def get_next(self): return next(self.batches, None)
@@ -251,7 +249,7 @@ def quantize_graph(
         with _silence():
             quant_pre_process(before, before, skip_symbolic_shape=True)
             plain = onnx.load(before).graph
-            quantize_static(before, after, _Calibration(faces), per_channel=True, reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            quantize_static(before, after, _Batches(faces), per_channel=True, reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                             calibrate_method=CalibrationMethod[methods[method]], nodes_to_exclude=_tail(plain) + [n.name for n in _normalisation(plain)[0]],
                             extra_options=dict(CalibPercentile=99.999))
         proto = _strip(_take_bytes(onnx.load(after)))
@@ -330,8 +328,38 @@ def check_parity(
     "The `parity_report` of a graph against its network, checked by `check_report`."
     whole = _wrapped(model)
     if faces is None: faces = _resized(synthetic_faces(64).pixels, whole.img_size)
-    reference = np.exp(log_softmax(whole.predict_logits(faces)/whole.temperature, axis=1))
-    return check_report(parity_report(_in_batches(_open_graph(graph), faces), reference, emotion), weights, limits)
+    return check_report(parity_report(_in_batches(_open_graph(graph), faces), whole.predict_faces(faces), emotion), weights, limits)
+
+# %% ../nbs/08_export.ipynb #394245ce
+def calibrate_graph(
+    graph: bytes,  # of `create_onnx`, `halve_weights` or `quantize_graph`
+    calibration: Calibration | None,  # of `fit_calibration`; None takes out the one that the graph has
+) -> bytes:
+    "The graph with calibrated probabilities. Raises `ValueError` for another number of classes, and where it does not end in a softmax."
+    import onnx
+    from onnx import helper, numpy_helper
+    proto = onnx.load_from_string(graph)
+    nodes, weights = proto.graph.node, proto.graph.initializer
+    if not nodes or nodes[-1].op_type != "Softmax": raise ValueError("the graph does not end in a softmax")
+    if old := [n for n in nodes if n.name.startswith("calibration_")]:
+        nodes[-1].input[0] = old[0].input[0]
+        for n in old: nodes.remove(n)
+        for w in [w for w in weights if w.name.startswith("calibration_")]: weights.remove(w)
+    if calibration is not None and calibration.method != "none":
+        k, name = proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value, nodes[-1].input[0]
+        if not k == len(calibration.scale) == len(calibration.bias): raise ValueError(f"the calibration is one of {len(calibration.scale)} classes, the graph knows {k}")
+        weights.extend(numpy_helper.from_array(np.array(getattr(calibration, v), np.float32), f"calibration_{v}") for v in ("scale", "bias"))
+        last = nodes.pop()
+        for op, inputs in dict(LogSoftmax=[name], Mul=["calibration_logsoftmax", "calibration_scale"], Add=["calibration_mul", "calibration_bias"]).items():
+            nodes.append(helper.make_node(op, inputs, [f"calibration_{op.lower()}"], f"calibration_{op.lower()}"))
+        last.input[0] = "calibration_add"
+        nodes.append(last)
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
+
+def _describe(calibration, usage):
+    "A calibration as a card tells it, and on which faces it was fitted."
+    return None if calibration is None else asdict(calibration) | dict(fitted_on=usage)
 
 # %% ../nbs/08_export.ipynb #acb54677
 def _part(table, usage, img_size, n=None):
@@ -346,8 +374,8 @@ def _parity_faces(table, img_size):
         if table is not None and len(part := _part(table, usage, img_size, n)): return usage, part.pixels, part.emotion
     return "drawn faces", _resized(synthetic_faces(64).pixels, img_size), None
 
-def _calibration_faces(table, img_size, n=512):
-    "Training faces for int8. Raises ValueError where there are none."
+def _range_faces(table, img_size, n=512):
+    "Training faces that show the ranges of values to int8. Raises ValueError where there are none."
     part = None if table is None else _part(table, "Training", img_size, n)
     if not part: raise ValueError(f"int8 is calibrated on training faces, and {'no table was given' if table is None else 'this table has no Training rows'}: pass a table with some, or choose weights='float16'")
     return part.pixels
@@ -371,12 +399,12 @@ def _write_folder(out, graph, card):
 def export_model(
     model: nn.Module,  # normalised float [n, 1, img_size, img_size], or [n, 3, ...], to logits [n, k]
     out,  # model folder to write
-    table: FER2013 | None = None,  # faces to fit the temperature, calibrate int8, compare and score on; None does without
+    table: FER2013 | None = None,  # faces to fit the calibration, set the ranges of int8, compare and score on; None does without
     *,
     classes: tuple | None = None,  # names of the k outputs; None takes those of the table, or `EMOTIONS`
     img_size: int = 48,  # side of the faces, in pixels
     stats: tuple = FER2013_STATS,  # mean and standard deviation of the pixels in 0..1; numbers, or one a channel
-    temperature: float | None = None,  # the logits are divided by it; None fits it on PublicTest, or takes 1 where there is none
+    calibration: Calibration | None = None,  # None fits one on PublicTest, and does without where there is none
     weights: str = "float16",  # float32, float16, or int8, which needs a table
     limits: dict | None = None,  # in place of those of `LIMITS`: how far the graph may stray from the network
     **about,  # further entries of the card: name, arch, recipe, seed, data ...
@@ -385,21 +413,21 @@ def export_model(
 
     Raises `ValueError`, and writes nothing, where the network does not take the faces, where the number of classes is not that of its outputs,
     where int8 has no faces to be calibrated on, and where the graph strays further than the limits."""
-    out, whole = Path(out).expanduser(), ExportedModel(model, img_size, stats, temperature or 1.)
+    out, whole = Path(out).expanduser(), ExportedModel(model, img_size, stats)
     _check_weights(weights, limits)
     classes = tuple(classes or (EMOTIONS if table is None else table.classes))
     if whole.n_classes != len(classes): raise ValueError(f"the network has {whole.n_classes} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
     if table is not None and tuple(table.classes) != classes: table = select_classes(table, classes)
     usage, faces, emotion = _parity_faces(table, img_size)
-    logits = whole.predict_logits(faces)
-    if temperature is None and usage == "PublicTest": whole.temperature = fit_temperature(logits, emotion)
-    calibration = _calibration_faces(table, img_size) if weights == "int8" else np.empty((0, img_size, img_size), np.uint8)
+    ranges = _range_faces(table, img_size) if weights == "int8" else np.empty((0, img_size, img_size), np.uint8)
     graph = create_onnx(whole)
-    graph = halve_weights(graph) if weights == "float16" else quantize_graph(graph, calibration) if weights == "int8" else graph
-    predict_faces = _open_graph(graph)
+    graph = halve_weights(graph) if weights == "float16" else quantize_graph(graph, ranges) if weights == "int8" else graph
+    if calibration is None and usage == "PublicTest" and len(faces) >= 10: calibration = fit_calibration(_open_graph(graph)(faces), emotion)
+    if calibration: graph = calibrate_graph(graph, calibration)
+    predict_faces, reference = _open_graph(graph), whole.predict_faces(faces)
     probs = _in_batches(predict_faces, faces)
-    parity = check_report(parity_report(probs, np.exp(log_softmax(logits/whole.temperature, axis=1)), emotion), weights, limits)
-    card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, temperature=whole.temperature, n_params=count_parameters(model),
+    parity = check_report(parity_report(probs, calibration.apply(reference) if calibration else reference, emotion), weights, limits)
+    card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, calibration=_describe(calibration, usage), n_params=count_parameters(model),
                 stats=stats, weights=weights, parity=dict(against="PyTorch", faces=usage) | parity) | about
     if table is not None: card["scores"] = _score_splits(predict_faces, table, img_size, {usage: probs})
     return _write_folder(out, graph, card)
@@ -408,7 +436,7 @@ def export_model(
 def export_run(
     run,  # folder of a run
     out,  # model folder to write
-    table: FER2013 | None = None,  # the data of the run; None exports without temperature and scores
+    table: FER2013 | None = None,  # the data of the run; None exports without calibration and scores
     *,
     weights: str = "float16",  # float32, float16, or int8, which needs the table
     limits: dict | None = None,  # in place of those of `LIMITS`
@@ -427,6 +455,15 @@ def export_run(
                         weights=weights, limits=limits, **entries | about)
 
 # %% ../nbs/08_export.ipynb #1658bbf8
+def _read_folder(folder, table):
+    "Card and graph of a model folder or bundled model, and the table with its classes."
+    given = Path(folder).expanduser()
+    folder = given if given.is_dir() else Path(str(resources.files("fer_nbdev")))/"weights"/given
+    if not (folder/"card.json").is_file(): raise FileNotFoundError(f"{str(given)!r} is neither a bundled model nor a model folder, with model.onnx and card.json as export writes them")
+    card = json.loads((folder/"card.json").read_text(encoding="utf-8"))
+    if tuple(table.classes) != tuple(card["classes"]): table = select_classes(table, tuple(card["classes"]))
+    return card, read_checked(folder/"model.onnx", card["files"]["model.onnx"]["sha256"]), table
+
 def quantize_model(
     folder,  # model folder to start from, or the name of a bundled model
     out,  # model folder to write
@@ -441,13 +478,8 @@ def quantize_model(
 
     Raises `FileNotFoundError` where there is no model folder, `ValueError` where it is in int8 already, where the table lacks
     Training rows or one of its classes, and where int8 strays further from the folder's own graph than the limits."""
-    given, out = Path(folder).expanduser(), Path(out).expanduser()
-    folder = given if given.is_dir() else Path(str(resources.files("fer_nbdev")))/"weights"/given
-    if not (folder/"card.json").is_file(): raise FileNotFoundError(f"{str(given)!r} is neither a bundled model nor a model folder, with model.onnx and card.json as export writes them")
-    card = json.loads((folder/"card.json").read_text(encoding="utf-8"))
-    graph = read_checked(folder/"model.onnx", card["files"]["model.onnx"]["sha256"])
-    if tuple(table.classes) != tuple(card["classes"]): table = select_classes(table, tuple(card["classes"]))
-    small = quantize_graph(graph, _calibration_faces(table, card["img_size"]), method, reduce_range)
+    out, (card, graph, table) = Path(out).expanduser(), _read_folder(folder, table)
+    small = quantize_graph(graph, _range_faces(table, card["img_size"]), method, reduce_range)
     usage, faces, emotion = _parity_faces(table, card["img_size"])
     predict_faces = _open_graph(small)
     probs = _in_batches(predict_faces, faces)
@@ -455,6 +487,28 @@ def quantize_model(
     card |= dict(name=out.name, weights="int8", parity=dict(against=f"{card['name']} ({card.get('weights', 'float32')})", faces=usage) | parity) | about
     card["scores"] = _score_splits(predict_faces, table, card["img_size"], {usage: probs})
     return _write_folder(out, small, card)
+
+# %% ../nbs/08_export.ipynb #757fa4c2
+def calibrate_model(
+    folder,  # model folder to start from, or the name of a bundled model
+    out,  # model folder to write
+    table: FER2013,  # faces and labels
+    *,
+    usage: str = "PublicTest",  # the split to fit on; no face of it should have trained the network
+    method: str = "auto",  # none, temperature, vector, or auto: what is best on faces that it was not fitted on
+    **about,  # further entries of the card, such as name
+) -> dict:
+    """Write a copy of a model folder with a calibration for these faces and return its card; its scores are those of the table's test splits.
+
+    Raises `FileNotFoundError` where there is no model folder, and `ValueError` where the split has fewer than ten faces or the table lacks a class."""
+    out, (card, graph, table) = Path(out).expanduser(), _read_folder(folder, table)
+    part = _part(table, usage, card["img_size"])
+    if len(part) < 10: raise ValueError(f"a calibration is fitted on ten faces at least, and the table has {len(part)} of {usage}")
+    calibration = fit_calibration(_open_graph(calibrate_graph(graph, None))(part.pixels), part.emotion, method)
+    graph = calibrate_graph(graph, calibration)
+    card |= dict(name=out.name, calibration=_describe(calibration, usage), scores=_score_splits(_open_graph(graph), table, card["img_size"], {})) | about
+    card.pop("temperature", None)
+    return _write_folder(out, graph, card)
 
 # %% ../nbs/08_export.ipynb #facd55e4
 def _load_weights(file, recipe, classes):
