@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FERLearner', 'decay_groups', 'depth_groups', 'group_lrs', 'schedule_cbs', 'fer_learner', 'describe_data',
-           'prepare_table', 'keep_freed_memory', 'train', 'load_run', 'fold_tables', 'cross_validate']
+           'prepare_table', 'keep_freed_memory', 'TrimMemory', 'train', 'load_run', 'fold_tables', 'cross_validate']
 
 # %% ../nbs/05_train.ipynb #a2d40978
 import ctypes, hashlib, json, platform, shutil, subprocess, sys
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.core import CancelEpochException
+from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, SchedNo, combine_scheds, combined_cos  # patches lr_find into Learner too
@@ -212,18 +212,33 @@ def _restore(learn, checkpoint):
     learn.first_epoch = epoch + 1
 
 # %% ../nbs/05_train.ipynb #6659d70f
+def _libc(name):
+    "A function of glibc, None where there is another C library."
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
 def keep_freed_memory():
-    "Ask glibc to reuse large freed blocks instead of returning them to the system. Does nothing where there is another C library."
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    "Ask glibc to reuse large freed blocks instead of returning them to the system; `TrimMemory` belongs to it. Does nothing where there is another C library."
+    mallopt = _libc("mallopt")
     if mallopt is None: return
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # numbers of malloc.h
     mallopt(mmap_max, 0); mallopt(trim_threshold, 2**31 - 1); mallopt(top_pad, 2**28)
+
+class TrimMemory(Callback):
+    "Return freed memory to the system every so many steps, and after each epoch."
+    def __init__(self,
+        every: int = 100,  # training steps
+    ): self.every, self.trim = every, _libc("malloc_trim") or noop
+
+    def after_batch(self):
+        if self.training and self.train_iter % self.every == 0: self.trim(0)
+
+    def after_epoch(self): self.trim(0)
 
 # %% ../nbs/05_train.ipynb #1694a67c
 def _run_cbs(recipe, out, rows, progress, track, about):
     "The callbacks that write a run down."
     ema = EMA(recipe.ema) if recipe.ema else None
-    cbs = [*L(ema), History(out, rows, verbose=not progress and not rank_distrib()), Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
+    cbs = [*L(ema), TrimMemory(), History(out, rows, verbose=not progress and not rank_distrib()), Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
     if recipe.patience: cbs.append(EarlyStop(recipe.patience, recipe.monitor))
     if track and not rank_distrib(): cbs.append(create_tracker(track, out, about))
     return cbs

@@ -52,6 +52,16 @@ def test_a_model_is_evaluated_exported_again_and_compared(trained):
     assert "exported" in _fer("evaluate run/model --data fer2013.csv --compare exported")
 
 
+def test_a_finished_model_is_calibrated_on_other_faces(trained):
+    folder, _ = trained
+    said = _fer("export run/model mine --data fer2013.csv")
+    assert json.loads((folder / "mine/card.json").read_text())["calibration"] == json.loads((folder / "run/model/card.json").read_text())["calibration"]
+    assert "calibration: " in said and "PrivateTest: accuracy" in said
+    _fer("export fast yours --data fer2013.csv")
+    assert json.loads((folder / "yours/card.json").read_text())["calibration"]["fitted_on"] == "PublicTest"
+    _fer("export run/model nothing", code=2)
+
+
 def test_resuming_keeps_the_recipe_and_nothing_trains_over_a_run(trained):
     folder, _ = trained
     before = (folder / "run/history.json").read_text()

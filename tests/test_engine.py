@@ -1,6 +1,9 @@
 """Every part that a recipe can choose trains a little, survives a kill, and does what it says."""
 import json
 import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +17,7 @@ from fer_nbdev.data import FER2013, synthetic_faces
 from fer_nbdev.loaders import fer_dls
 from fer_nbdev.losses import LOSSES
 from fer_nbdev.recipe import MONITORS, OPTIMIZERS, SCHEDULES, list_recipes, read_recipe
-from fer_nbdev.train import fer_learner, group_lrs, load_run, train
+from fer_nbdev.train import TrimMemory, fer_learner, group_lrs, load_run, train
 
 SHORT = read_recipe("synthetic").set(["epochs=3", "lr=.003", "precision=fp32", "bs=32"])
 
@@ -155,3 +158,30 @@ def test_a_pretrained_body_is_fine_tuned_in_two_phases(faces, tmp_path):
     assert body and all(torch.equal(frozen[f"body.{k}"], trained[k]) for k in body)
     assert not any(torch.equal(tuned[f"body.{k}"], trained[k]) for k in body)
     assert np.allclose(np.array(lrs) / lrs[-1], [.01, .01, .1, .1, 1, 1])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_goes_back_to_the_system():
+    "Every second block is freed, so that what is kept lies between: kept by the library until it is trimmed."
+    code = """
+import torch
+from fer_nbdev.train import TrimMemory, keep_freed_memory
+def megabytes(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+keep_freed_memory()
+blocks = [torch.ones(2**20) for _ in range(200)]
+full, blocks = megabytes(), blocks[::2]
+kept = megabytes()
+TrimMemory().trim(0)
+print(full - kept, kept - megabytes())
+"""
+    kept, returned = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-2:])
+    assert kept < 50 and returned > 350
+
+
+def test_memory_is_trimmed_every_so_many_steps_and_after_an_epoch():
+    learn, trim = fer_learner(fer_dls(synthetic_faces(140), bs=16, device="cpu"), read_recipe("synthetic")), TrimMemory(every=3)
+    trimmed = []
+    trim.trim = lambda pad: trimmed.append(learn.train_iter)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, cbs=[trim])
+    assert trimmed == [3, 6, 7, 9, 12, 14]
