@@ -48,7 +48,7 @@ def count_operations(card):
 def uncalibrated(name, folder):
     "A copy of a bundled model without its calibration, as a model folder."
     import fer_nbdev
-    from fer_nbdev.export import calibrate_graph
+    from fer_nbdev.calibrate import calibrate_graph
     card, graph = (Path(fer_nbdev.__file__).parent / "weights" / name / file for file in ("card.json", "model.onnx"))
     out, plain = Path(folder) / name, calibrate_graph(graph.read_bytes(), None)
     out.mkdir()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'ExportedModel', 'create_onnx', 'halve_weights', 'quantize_graph', 'parity_report', 'check_report',
-           'check_parity', 'calibrate_graph', 'export_model', 'export_run', 'quantize_model', 'calibrate_model',
-           'export_weights', 'export_learner']
+           'check_parity', 'export_model', 'export_run', 'quantize_model', 'calibrate_model', 'export_weights',
+           'export_learner']
 
 # %% ../nbs/08_export.ipynb #4cd7082b
 import hashlib, io, json, logging, os, warnings
@@ -23,7 +23,8 @@ from torch import nn
 
 from .core import EMOTIONS, import_cv2, import_onnxruntime, read_checked, require, spare_path, write_whole
 from .data import FER2013, select_classes, synthetic_faces
-from .evaluate import Calibration, fit_calibration, score
+from .calibrate import Calibration, calibrate_graph, fit_calibration
+from .evaluate import score
 from .loaders import FER2013_STATS
 from .models import count_parameters, create_model, input_stats
 from .recipe import Recipe, plain_recipe, read_recipe
@@ -330,37 +331,6 @@ def check_parity(
     if faces is None: faces = _resized(synthetic_faces(64).pixels, whole.img_size)
     return check_report(parity_report(_in_batches(_open_graph(graph), faces), whole.predict_faces(faces), emotion), weights, limits)
 
-# %% ../nbs/08_export.ipynb #394245ce
-def calibrate_graph(
-    graph: bytes,  # of `create_onnx`, `halve_weights` or `quantize_graph`
-    calibration: Calibration | None,  # of `fit_calibration`; None takes out the one that the graph has
-) -> bytes:
-    "The graph with calibrated probabilities. Raises `ValueError` for another number of classes, and where it does not end in a softmax."
-    import onnx
-    from onnx import helper, numpy_helper
-    proto = onnx.load_from_string(graph)
-    nodes, weights = proto.graph.node, proto.graph.initializer
-    if not nodes or nodes[-1].op_type != "Softmax": raise ValueError("the graph does not end in a softmax")
-    if old := [n for n in nodes if n.name.startswith("calibration_")]:
-        nodes[-1].input[0] = old[0].input[0]
-        for n in old: nodes.remove(n)
-        for w in [w for w in weights if w.name.startswith("calibration_")]: weights.remove(w)
-    if calibration is not None and calibration.method != "none":
-        k, name = proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value, nodes[-1].input[0]
-        if not k == len(calibration.scale) == len(calibration.bias): raise ValueError(f"the calibration is one of {len(calibration.scale)} classes, the graph knows {k}")
-        weights.extend(numpy_helper.from_array(np.array(getattr(calibration, v), np.float32), f"calibration_{v}") for v in ("scale", "bias"))
-        last = nodes.pop()
-        for op, inputs in dict(LogSoftmax=[name], Mul=["calibration_logsoftmax", "calibration_scale"], Add=["calibration_mul", "calibration_bias"]).items():
-            nodes.append(helper.make_node(op, inputs, [f"calibration_{op.lower()}"], f"calibration_{op.lower()}"))
-        last.input[0] = "calibration_add"
-        nodes.append(last)
-    onnx.checker.check_model(proto)
-    return proto.SerializeToString()
-
-def _describe(calibration, usage):
-    "A calibration as a card tells it, and on which faces it was fitted."
-    return None if calibration is None else asdict(calibration) | dict(fitted_on=usage)
-
 # %% ../nbs/08_export.ipynb #acb54677
 def _part(table, usage, img_size, n=None):
     "The rows of a split, at most `n` of them drawn at random, with faces of `img_size`."
@@ -379,6 +349,10 @@ def _range_faces(table, img_size, n=512):
     part = None if table is None else _part(table, "Training", img_size, n)
     if not part: raise ValueError(f"int8 is calibrated on training faces, and {'no table was given' if table is None else 'this table has no Training rows'}: pass a table with some, or choose weights='float16'")
     return part.pixels
+
+def _describe(calibration, usage):
+    "A calibration as a card tells it, and on which faces it was fitted."
+    return None if calibration is None else asdict(calibration) | dict(fitted_on=usage)
 
 def _score_splits(predict_faces, table, img_size, known):
     "Scores of the test splits; the probabilities of some are `known`."

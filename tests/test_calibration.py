@@ -8,8 +8,9 @@ import pytest
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
+from fer_nbdev.calibrate import Calibration, calibrate_graph, fit_calibration
 from fer_nbdev.data import synthetic_faces
-from fer_nbdev.evaluate import Calibration, calibration_error, fit_calibration, score
+from fer_nbdev.evaluate import calibration_error, score
 from fer_nbdev.inference import Predictor
 
 WEIGHTS = Path(str(resources.files("fer_nbdev"))) / "weights"
@@ -99,7 +100,7 @@ def test_answers_without_a_doubt_stay_finite():
 @pytest.mark.parametrize("name", ["accurate", "fast"])
 def test_a_bundled_graph_does_what_its_card_says(name, tmp_path):
     pytest.importorskip("onnx")
-    from fer_nbdev.export import _open_graph, calibrate_graph
+    from fer_nbdev.export import _open_graph
     about, graph = json.loads((WEIGHTS / name / "card.json").read_text()), (WEIGHTS / name / "model.onnx").read_bytes()
     c, faces = Calibration(**{k: about["calibration"][k] for k in ("scale", "bias", "method", "losses")}), synthetic_faces(20).pixels
     plain = calibrate_graph(graph, None)
