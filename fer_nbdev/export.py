@@ -481,7 +481,6 @@ def calibrate_model(
     calibration = fit_calibration(_open_graph(calibrate_graph(graph, None))(part.pixels), part.emotion, method)
     graph = calibrate_graph(graph, calibration)
     card |= dict(name=out.name, calibration=_describe(calibration, usage), scores=_score_splits(_open_graph(graph), table, card["img_size"], {})) | about
-    card.pop("temperature", None)
     return _write_folder(out, graph, card)
 
 # %% ../nbs/08_export.ipynb #facd55e4
