@@ -160,14 +160,14 @@ def plot_history(
 
 # %% ../nbs/04b_callbacks.ipynb #510e5b08
 class Curves(Callback):
-    "Draw the history into `curves.png`, and live in a notebook, after every epoch and at the end."
+    "Draw the history into `curves.png`, and live in a notebook, every few seconds and at the end."
     order = 56  # after History
 
     def __init__(self,
         out,  # folder of the run
         monitor: str = "accuracy",  # what marks the best epoch
         show: bool = True,  # on the screen too, where this is a notebook
-        every: float = 2.,  # seconds that pass at least before a picture
+        every: float = 5.,  # seconds that pass at least before a picture
     ): self.out, self.monitor, self.show, self.every, self.display = Path(out), monitor, show, every, None
 
     def before_fit(self): self.drawn = time.time()

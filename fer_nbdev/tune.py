@@ -6,7 +6,7 @@
 __all__ = ['parse_space', 'ReportTrial', 'trial_rows', 'best_recipe', 'plot_trials', 'tune']
 
 # %% ../nbs/13a_tune.ipynb #0affb2be
-import csv, json, math, re
+import csv, json, math, re, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -178,12 +178,15 @@ def best_recipe(
     return recipe.set([*_settings(study.best_params), f"name={recipe.name}_tuned", "about=" + _plain(about)])
 
 def _write_trials(study, recipe, out):
-    "trials.csv, trials.png, and best.yaml where a trial has finished."
-    import matplotlib.pyplot as plt
+    "trials.csv, and best.yaml where a trial has finished."
     rows = trial_rows(study)
     with write_whole(out/"trials.csv") as tmp, open(tmp, "w", newline="") as f:
         w = csv.DictWriter(f, max(rows, key=len)); w.writeheader(); w.writerows(rows)
     if any(r["state"] == "complete" for r in rows): best_recipe(study, recipe).write(out/"best.yaml")
+
+def _draw_trials(study, out):
+    "trials.png."
+    import matplotlib.pyplot as plt
     figure = plot_trials(study)[0].figure
     with write_whole(out/"trials.png") as tmp: figure.savefig(tmp, format="png", dpi=110)
     plt.close(figure)
@@ -235,9 +238,12 @@ def tune(
     with _quiet_optuna():
         study = _open_study(out, recipe, min_epochs, reduction)
         if resume: _retry_running(study)
+        drawn = time.time()
         while len(_done(study)) < n_trials:
             trial = study.ask(distributions)
             _run_trial(study, trial, recipe, table, out, device)
             print(_trial_line(trial_rows(study)[trial.number]), flush=True)
             _write_trials(study, recipe, out)
+            if time.time() - drawn > 5: _draw_trials(study, out); drawn = time.time()
+    if _done(study): _draw_trials(study, out)
     return study

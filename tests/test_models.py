@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from fer_nbdev.core import Prediction
 from fer_nbdev.export import check_parity, create_onnx, export_model
 from fer_nbdev.inference import Predictor
-from fer_nbdev.models import create_model, list_models
+from fer_nbdev.models import count_parameters, create_model, head_parameters, list_models
 
 BODIES = [("timm/mobilenetv3_small_050", dict(img_size=96)), ("timm/tf_efficientnet_lite0", dict(img_size=64, n_in=3)),
           ("timm/vit_tiny_patch16_224", dict(img_size=112)), ("torchvision/resnet18", dict(img_size=224)), ("se_resnet", dict(img_size=64, n_in=3)),
@@ -29,6 +29,9 @@ def test_shape_and_gradient(arch, settings):
     model(torch.randn(3, 1, 48, 48)).square().sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not without
+    if "/" not in arch:  # a fresh ReLU6 of a borrowed body may let nothing through
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    assert 0 < sum(p.numel() for p in head_parameters(model)) < count_parameters(model)
 
 
 @every_model
@@ -42,6 +45,8 @@ def test_the_same_answer_twice_and_after_a_save(arch, settings, tmp_path):
         twin = create_model(arch, n_classes=5, **settings).eval()
         twin.load_state_dict(load_file(tmp_path / "m.safetensors"))
         assert torch.equal(twin(faces), out)
+        if "/" not in arch:  # a file of ours, classifier and all
+            assert torch.equal(create_model(arch, n_classes=5, pretrained=tmp_path / "m.safetensors", **settings).eval()(faces), out)
 
 
 @every_model
