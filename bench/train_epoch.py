@@ -112,13 +112,15 @@ def engine(recipe, table, steps, device, wait):
 def held(recipe, table, steps, device, wait):
     "The engine's forward, backward and optimiser on one batch."
     import torch
-    from fer_nbdev.callbacks import has_bf16
+    from fer_nbdev.callbacks import has_bf16, quick_gradients
     from fer_nbdev.loaders import fer_dls
     from fer_nbdev.train import fer_learner, keep_freed_memory
     keep_freed_memory()
     learn = fer_learner(fer_dls(table, recipe.bs, device=device), recipe)
     learn.create_opt()
     model = learn.model.to(device).to(memory_format=torch.channels_last).train()
+    if has_bf16(device):
+        quick_gradients(model)
     x, y = (t.as_subclass(torch.Tensor) for t in learn.dls.one_batch())
     x = x.to(memory_format=torch.channels_last)
 

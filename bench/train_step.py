@@ -38,6 +38,7 @@ class Step:
 
     def __init__(self, recipe, n_classes, device, bf16, channels_last=True):
         import torch
+        from fer_nbdev.callbacks import quick_gradients
         from fer_nbdev.losses import create_loss
         from fer_nbdev.models import create_model
         from fer_nbdev.recipe import OPTIMIZERS
@@ -46,6 +47,8 @@ class Step:
         self.torch, self.device, self.bf16 = torch, torch.device(device), bf16
         model = create_model(recipe.arch, n_classes, **recipe.arch_args).to(self.device).train()
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
+        if bf16:
+            quick_gradients(model)
         self.loss = create_loss(None, recipe.label_smoothing, self.device)
         decayed, plain = decay_groups(model)
         groups = [{"params": decayed, "weight_decay": recipe.wd}, {"params": plain, "weight_decay": 0.}]
