@@ -36,7 +36,7 @@ def has_bf16(
 
 # %% ../nbs/04b_callbacks.ipynb #725dcb0c
 class _ProductGradient(torch.autograd.Function):
-    "A 3x3 convolution in bf16 whose weight gradient is one matrix product: output gradients [k, n*h*w] times windows of the input [n*h*w, 9*c]."
+    "A 3x3 convolution in bf16 whose weight gradient is a matrix product for each row of its kernel: output gradients [k, h*n*w] times windows of the input [h*n*w, 3*c]."
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, x, w, b):
@@ -49,27 +49,30 @@ class _ProductGradient(torch.autograd.Function):
         x, w = ctx.saved_tensors
         wants = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
         dx, _, db = torch.ops.aten.convolution_backward(dy, x, w, [len(w)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wants)
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        (n, c, height, width), (of_n, of_h, of_w, of_c) = x.shape, padded.stride()
-        windows = padded.as_strided((n, height, width, 3, 3, c), (of_n, of_h, of_w, of_h, of_w, of_c)).reshape(-1, 9*c)
-        dw = dy.permute(1, 0, 2, 3).reshape(len(w), -1) @ windows
-        return dx, dw.view(len(w), 3, 3, c).permute(0, 3, 1, 2), db
+        (n, c, height, width), k = x.shape, len(w)
+        padded = F.pad(x.permute(2, 0, 3, 1), (0, 0, 1, 1, 0, 0, 1, 1))  # the first rows of all maps, then the second ones
+        of_h, of_n, of_w, of_c = padded.stride()
+        windows = padded.as_strided((height + 2, n, width, 3, c), (of_h, of_n, of_w, of_w, of_c)).reshape(height + 2, n*width, 3*c)
+        dy, dw = dy.permute(1, 2, 0, 3).reshape(k, -1), torch.empty(k, 3, 3*c)
+        for i in range(3): dw[:, i] = dy @ windows[i:i+height].flatten(0, 1)
+        return dx, dw.view(k, 3, 3, c).permute(0, 3, 1, 2), db
 
 def _conv_forward(conv, x):
     "The forward pass of a convolution that `quick_gradients` has changed."
-    if x.shape[-2]*x.shape[-1] > 36 or not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()): return type(conv).forward(conv, x)
-    return _ProductGradient.apply(x, conv.weight, conv.bias)
+    small, trains = x.shape[-2]*x.shape[-1] <= 36, torch.is_grad_enabled() and conv.weight.requires_grad
+    if small and trains and torch.is_autocast_enabled("cpu"): return _ProductGradient.apply(x, conv.weight, conv.bias)
+    return torch.nn.Conv2d.forward(conv, x)
 
 def quick_gradients(
     model: torch.nn.Module,  # changed in place; its weights and its answers stay what they are
     on: bool = True,  # False undoes it
 ):
-    "Speed up training under bf16 autocast on a CPU: 3x3 convolutions of 128 channels and more compute their weight gradient on small maps as one matrix product."
+    "Speed up training under bf16 autocast on a CPU: 3x3 convolutions of 128 channels and more compute their weight gradient on small maps by matrix products."
     for m in model.modules():
-        if not isinstance(m, torch.nn.Conv2d): continue
+        if type(m) is not torch.nn.Conv2d: continue
         m.__dict__.pop("forward", None)
         plain = (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-        if on and plain and m.in_channels >= 128 and m.weight.device.type == "cpu": m.forward = partial(_conv_forward, m)
+        if on and plain and m.in_channels >= 128 and m.weight.device.type == "cpu": vars(m)["forward"] = partial(_conv_forward, m)
 
 # %% ../nbs/04b_callbacks.ipynb #1257378f
 class BF16(Callback):
