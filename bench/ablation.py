@@ -18,6 +18,8 @@ from _report import report
 
 EPOCHS, SEEDS = 16, (0, 1, 2)
 BASE = "base"
+FREE = ["class_weights=null", "label_smoothing=0"]  # a soft target is smooth already, and says how common a class is
+VOTES = {"votes of FER+": 1, "half votes": .5, "a quarter votes": .25}  # variants that train on votes: their share of the target
 # group: {variant: settings}; a variant is the base with these changed
 VARIANTS = {
     "size": {"half the width": ["arch_args.widths=[16, 32, 32]"], "1.5 times the width": ["arch_args.widths=[48, 96, 96]"],
@@ -30,14 +32,16 @@ VARIANTS = {
     "mixing": {"mixup .2": ["mixup=0.2"], "cutmix 1": ["cutmix=1"]},
     "loss": {"no smoothing": ["label_smoothing=0"], "smoothing .2": ["label_smoothing=0.2"], "no class weights": ["class_weights=null"],
              "inverse class weights": ["class_weights=inverse"], "focal": ["loss=focal", "label_smoothing=0"]},
+    "targets": {"label alone": FREE, **{how: [f"soft_share={share}", *FREE] for how, share in VOTES.items()},
+                "taught by accurate": ["teachers=[accurate]", *FREE], "half taught by accurate": ["teachers=[accurate]", "soft_share=0.5", *FREE]},
     "optimiser": {"peak .04": ["lr=0.04"], "peak .16": ["lr=0.16"], "decay 1e-4": ["wd=1e-4"], "decay 2e-3": ["wd=2e-3"], "AdamW 2e-3": ["optimizer=adamw", "lr=2e-3", "wd=0.05"],
                   "batch 64": ["bs=64"], "batch 256": ["bs=256"], "no averaged weights": ["ema=0"], "cosine": ["schedule=cosine"]},
     "epochs": {"8 epochs": ["epochs=8"], "32 epochs": ["epochs=32"], "64 epochs": ["epochs=64"]}}
 EXAMPLES = """examples:
-  python bench/ablation.py --runs runs/ablation                                          collect what is there
-  python bench/ablation.py --runs runs/ablation --data fer2013.csv --train               train what is missing: hours
-  python bench/ablation.py --runs runs/ablation --data fer2013.csv --train loss size     some groups of it
-  python bench/ablation.py --runs /tmp/ablation --train loss --epochs 1 --out /tmp       a quick try on drawn faces"""
+  python bench/ablation.py --runs runs/ablation                                                       collect what is there
+  python bench/ablation.py --runs runs/ablation --data fer2013.csv --votes fer2013new.csv --train     train what is missing: hours
+  python bench/ablation.py --runs runs/ablation --data fer2013.csv --train loss size                  some groups of it
+  python bench/ablation.py --runs /tmp/ablation --train loss --epochs 1 --out /tmp                    a quick try on drawn faces"""
 
 
 def jobs():
@@ -105,6 +109,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where the runs are")
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders (default: drawn faces)")
+    parser.add_argument("--votes", type=Path, metavar="CSV", help="fer2013new.csv of FER+ (default: the variants that train on votes are left out)")
     parser.add_argument("--train", nargs="*", metavar="GROUP", help=f"train these first: {', '.join([BASE, *VARIANTS])} (default: all)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of the base (default: {EPOCHS})")
     parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where ablation.json is written (default: bench/results)")
@@ -121,16 +126,18 @@ def main():
     args = parse_args()
     _report.RESULTS = args.out
     if args.train:
-        from fer_nbdev.data import read_fer2013, synthetic_faces
+        from fer_nbdev.data import read_fer2013, read_ferplus, soft_labels, synthetic_faces
         table = read_fer2013(args.data) if args.data else synthetic_faces(700)
-        for name, (group, _, settings) in jobs().items():
-            if group in args.train:
+        voted = soft_labels(table, read_ferplus(args.votes)) if args.votes else None
+        for name, (group, variant, settings) in jobs().items():
+            faces = voted if variant in VOTES else table
+            if group in args.train and faces is not None:
                 print(name, file=sys.stderr)
-                train_variant(folder_of(args.runs, name), settings, table, args.epochs)
+                train_variant(folder_of(args.runs, name), settings, faces, args.epochs)
     base, rows = collect(args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
     report("ablation", {"base": base, "epochs": args.epochs, "variants": rows}, question="What makes a network better on FER2013?",
-           answer=answer_of(base, rows, sum(map(len, VARIANTS.values()))), command="python bench/ablation.py --runs runs/ablation --data fer2013.csv --train")
+           answer=answer_of(base, rows, sum(map(len, VARIANTS.values()))), command="python bench/ablation.py --runs runs/ablation --data fer2013.csv --votes fer2013new.csv --train")
 
 
 if __name__ == "__main__":

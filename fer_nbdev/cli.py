@@ -395,7 +395,8 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="A bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field: --set epochs=3 --set augment.rotate=20. Repeatable.")] = None,
     classes: Annotated[str | None, typer.Option(help="Train on these classes only, separated by commas.")] = None,
-    votes: Annotated[Path | None, typer.Option(help="fer2013new.csv of FER+: train on its votes instead of single labels.")] = None,
+    votes: Annotated[Path | None, typer.Option(help="fer2013new.csv of FER+: train on its votes instead of single labels; --set soft_share=.5 on half of each.")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     track: Annotated[str | None, typer.Option(help="Also write to an experiment tracker: tensorboard or wandb.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the GPU where there is one.")] = None,
@@ -403,15 +404,15 @@ def train(
 ):
     """Train a network by a recipe, export it, score it, and write a report.
 
-    Example: `fer train --data fer2013.csv --recipe four_class --set epochs=5`. Every recipe is one yaml file; to write your own,
-    copy the `recipe.yaml` of any run, edit it, and name it in `--recipe`. Killed? The same command with `--resume` loses at most
-    the epoch it was in.
+    Examples: `fer train --data fer2013.csv --recipe four_class --set epochs=5` · `fer train --data fer2013.csv --recipe fast --teacher accurate`.
+    Every recipe is one yaml file; to write your own, copy the `recipe.yaml` of any run, edit it, and name it in `--recipe`.
+    Killed? The same command with `--resume` loses at most the epoch it was in.
     """
     require("fastai", "train")
     from fer_nbdev.recipe import list_recipes
     from fer_nbdev.train import train as run
     if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
-    table, r = _train_data(data, votes), _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, classes, resume)
+    table, r = _train_data(data, votes), _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
     try: run(r, table, out, resume=resume, device=device, track=track)
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
@@ -445,7 +446,7 @@ def tune(
     from fer_nbdev.tune import tune as run
     begun = resume and (out/"search.json").exists()
     if begun and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")
-    start = None if begun else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, None, False)
+    start = None if begun else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings)
     run(start, _train_data(data, None), search, out, trials, resume, device)
     if (out/"best.yaml").exists(): print(f"trials: {out/'trials.csv'}, {out/'trials.png'}\ntrain the best: fer train --recipe {out/'best.yaml'}" + f" --data {data}"*bool(data))
 
@@ -456,13 +457,14 @@ def _train_data(data, votes):
     table = _read_data(data) if data else synthetic_faces(2100)
     return soft_labels(table, read_ferplus(votes)) if votes else table
 
-def _train_recipe(out, recipe, default, settings, classes, resume):
+def _train_recipe(out, recipe, default, settings, resume=False, classes=None, teachers=None):
     "The recipe of a new run; None where the run in `out` is resumed with its own."
     from fer_nbdev.recipe import read_recipe
     if resume and (out/"run.json").exists():
-        if recipe or settings or classes: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set and --classes out, or choose another --out")
+        if recipe or settings or classes or teachers: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set, --classes and --teacher out, or choose another --out")
         return None
-    return read_recipe(recipe or default).set([*(settings or []), *([f"classes=[{classes}]"] if classes else [])])
+    asked = [f"classes=[{classes}]"]*bool(classes) + [f"teachers={json.dumps(teachers)}"]*bool(teachers)
+    return read_recipe(recipe or default).set([*(settings or []), *asked])
 
 def _report(run, table):
     "Write the report of a run: on PrivateTest, or on the faces that selected where these include it."

@@ -423,7 +423,7 @@ def export_run(
     run, model = Path(run).expanduser(), load_run(Path(run).expanduser())
     recipe, facts = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
     entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid, licence="Apache-2.0",
-                   **{k: facts.get(k) for k in ("commit", "data", "hardware", "versions", "train_minutes", "date", "best_epoch")})
+                   **{k: facts.get(k) for k in ("commit", "data", "teachers", "hardware", "versions", "train_minutes", "date", "best_epoch")})
     return export_model(model, out, None if table is None else prepare_table(recipe, table), classes=tuple(facts["data"]["classes"]),
                         stats=recipe.stats,  # type: ignore[arg-type]  # a run knows its stats
                         weights=weights, limits=limits, **entries | about)

@@ -35,6 +35,7 @@ from sklearn.model_selection import StratifiedKFold
 from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
 from .core import write_whole
 from .data import FER2013, draw_per_class, select_classes
+from .distill import Distill, describe_teachers, open_teachers
 from .distributed import _from_all, distribute, from_rank0, start_ranks
 from .loaders import fer_dls
 from .losses import class_weights, create_loss
@@ -120,6 +121,7 @@ def _recipe_cbs(recipe, model, device):
     if recipe.mixup: cbs.append(MixUp(float(recipe.mixup)))
     if recipe.cutmix: cbs.append(CutMix(float(recipe.cutmix)))  # torch draws from Beta(1., 1.), not from Beta(1, 1)
     if recipe.clip: cbs.append(GradientClip(recipe.clip))
+    if recipe.teachers: cbs.append(Distill(open_teachers(recipe.teachers, device), recipe.soft_share))
     head = {id(p) for p in head_parameters(model)}
     if recipe.freeze_epochs: cbs.append(Freeze(recipe.freeze_epochs, [p for p in model.parameters() if id(p) not in head]))
     return cbs
@@ -129,7 +131,10 @@ def fer_learner(
     recipe: Recipe = Recipe(),  # network, loss, optimiser, precision, seed
     **kwargs,  # further arguments of fastai's `Learner`
 ) -> FERLearner:
-    "A learner for `dls` with the network, loss, optimiser and precision of a recipe; its weights are drawn from the recipe's seed."
+    """A learner for `dls` with the network, loss, optimiser and precision of a recipe; its weights are drawn from the recipe's seed.
+
+    Raises `ValueError` where a recipe with teachers meets faces with votes."""
+    if recipe.teachers and dls.train.soft is not None: raise ValueError("votes and teachers are both soft targets: train with one of them")
     set_seed(recipe.seed)
     model = create_model(recipe.arch, dls.c, recipe.n_in, recipe.img_size, recipe.pretrained, **recipe.arch_args)
     counts = np.bincount(dls.train.stacked[1].cpu(), minlength=dls.c)
@@ -143,7 +148,8 @@ def describe_data(
     table: FER2013,  # the data of a run
 ) -> dict:
     "Source, size and sha256 of a table, for the records of a run."
-    digest = hashlib.sha256(table.pixels.tobytes() + table.emotion.tobytes() + "".join(table.usage).encode()).hexdigest()
+    soft = b"" if table.soft is None else table.soft.tobytes()
+    digest = hashlib.sha256(table.pixels.tobytes() + table.emotion.tobytes() + "".join(table.usage).encode() + soft).hexdigest()
     return dict(source=Path(table.source).name or "table", classes=list(table.classes), sha256=digest,
                 rows={u: int((table.usage == u).sum()) for u in np.unique(table.usage).tolist()})
 
@@ -170,15 +176,18 @@ def prepare_table(
     recipe: Recipe,  # its classes, per_class and seed
     table: FER2013,  # all there is
 ) -> FER2013:
-    "The rows of a table that a recipe trains and tests on."
+    "The rows of a table that a recipe trains and tests on; votes give way to the label as far as `soft_share` says."
+    if table.soft is not None and recipe.soft_share < 1:
+        table = replace(table, soft=(recipe.soft_share*table.soft + (1 - recipe.soft_share)*np.eye(len(table.classes))[table.emotion]).astype(np.float32))
     if recipe.classes and tuple(recipe.classes) != tuple(table.classes): table = select_classes(table, tuple(recipe.classes))
     return draw_per_class(table, recipe.per_class, recipe.seed) if recipe.per_class else table
 
 def _check_same(out, recipe, data):
-    "Raise ValueError where the run in `out` was started with another recipe or on other data."
+    "Raise ValueError where the run in `out` was started with another recipe, on other data or with other teachers."
     ours, before = plain_recipe(read_recipe(out/"recipe.yaml")), json.loads((out/"run.json").read_text())
     changed = [k for k, v in plain_recipe(recipe).items() if v != ours[k]]
     if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it without one, or choose another folder")
+    if before.get("teachers", []) != describe_teachers(recipe.teachers): raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
     if before["data"]["sha256"] != data["sha256"]: raise ValueError(f"{out} was started on other data ({before['data']['source']}, {before['data']['rows']})")
 
 def _choose_recipe(out, recipe, resume):
@@ -263,13 +272,13 @@ def train(
     out, device = Path(out).expanduser(), start_ranks(device)
     recipe = from_rank0(_choose_recipe, out, recipe, resume)
     table = prepare_table(recipe, table)
-    data = _describe_same_data(table)
+    data, teachers = _describe_same_data(table), describe_teachers(recipe.teachers)
     checkpoint = from_rank0(_read_checkpoint, out, recipe, data)
     if progress is None: progress = sys.stderr.isatty() or "ipykernel" in sys.modules
     progress = progress and not rank_distrib()
     dls = fer_dls(table, recipe.bs, recipe.valid, create_augment(recipe.augment), recipe.stats, recipe.seed, device, recipe.sampling)  # type: ignore[arg-type]  # stats are known by now
     learn = fer_learner(dls, recipe)
-    about = dict(recipe=plain_recipe(recipe), data=data, date=date.today().isoformat(), n_params=count_parameters(learn.model), ranks=max(1, num_distrib()), **_describe_machine(dls.device))
+    about = dict(recipe=plain_recipe(recipe), data=data, teachers=teachers, date=date.today().isoformat(), n_params=count_parameters(learn.model), ranks=max(1, num_distrib()), **_describe_machine(dls.device))
     learn.add_cbs(run_cbs := _run_cbs(recipe, out, checkpoint[1] if checkpoint else (), progress, track, about) + L(cbs))
     if not progress: learn.remove_cb(ProgressCallback); learn.logger = noop
     if checkpoint: _restore(learn, checkpoint)

@@ -2,9 +2,12 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +17,14 @@ from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 
 from fer_nbdev.data import FER2013, synthetic_faces
+from fer_nbdev.distill import describe_teachers
+from fer_nbdev.export import export_run
 from fer_nbdev.loaders import fer_dls
 from fer_nbdev.losses import LOSSES
 from fer_nbdev.recipe import MONITORS, OPTIMIZERS, SCHEDULES, list_recipes, read_recipe
-from fer_nbdev.train import TrimMemory, fer_learner, group_lrs, load_run, train
+from fer_nbdev.train import TrimMemory, fer_learner, group_lrs, load_run, prepare_table, train
 
+WEIGHTS = Path(str(resources.files("fer_nbdev"))) / "weights"
 SHORT = read_recipe("synthetic").set(["epochs=3", "lr=.003", "precision=fp32", "bs=32"])
 
 
@@ -46,7 +52,8 @@ def _rows(run):
 # between them they name every schedule, loss and sampling, and what has a state of its own
 CHOICES = [["optimizer=adamw", "schedule=cosine"], ["optimizer=ranger", "schedule=plateau", "schedule_args.patience=0"],
            ["optimizer=rmsprop", "schedule=inverse", "schedule_args.decay=.01", "mixup=.4"], ["loss=focal", "cutmix=1", "sampling=weighted", "clip=1."],
-           ["optimizer=lamb", "sampling=oversample", "schedule=constant", "ema=0"], ["class_weights=effective", "monitor=valid_loss", "label_smoothing=.1"]]
+           ["optimizer=lamb", "sampling=oversample", "schedule=constant", "ema=0"], ["class_weights=effective", "monitor=valid_loss", "label_smoothing=.1"],
+           ["teachers=[fast]", "soft_share=.5", "mixup=.2"]]
 
 
 @pytest.mark.parametrize("settings", CHOICES, ids=" ".join)
@@ -59,6 +66,30 @@ def test_a_killed_run_resumes_bit_for_bit(settings, faces, tmp_path):
     resumed = train(None, faces, tmp_path / "killed", resume=True, progress=False)
     assert _rows(tmp_path / "killed") == _rows(tmp_path / "whole")
     assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(resumed)))
+
+
+def test_a_run_knows_its_teachers_and_resumes_with_no_other(faces, tmp_path):
+    teacher = shutil.copytree(WEIGHTS / "fast", tmp_path / "teacher")
+    recipe, run = SHORT.set([f"teachers=[accurate, {teacher}]", "epochs=1"]), tmp_path / "run"
+    train(recipe, faces, run, progress=False)
+    known = describe_teachers(["accurate", "fast"])
+    assert json.loads((run / "run.json").read_text())["teachers"] == known and export_run(run, tmp_path / "pupil")["teachers"] == known
+    shutil.rmtree(teacher)
+    shutil.copytree(WEIGHTS / "accurate", teacher)
+    with pytest.raises(ValueError, match="other teachers"):
+        train(None, faces, run, resume=True, progress=False)
+
+
+def test_votes_count_as_far_as_the_recipe_says(faces, tmp_path):
+    votes = np.random.default_rng(0).dirichlet(np.ones(7), len(faces)).astype(np.float32)
+    table = prepare_table(SHORT.set(["soft_share=.3"]), replace(faces, soft=votes))
+    assert np.allclose(table.soft, .3 * votes + .7 * np.eye(7)[faces.emotion], atol=1e-6)
+    assert prepare_table(SHORT, replace(faces, soft=votes)).soft is votes and prepare_table(SHORT.set(["soft_share=.3"]), faces).soft is None
+    train(SHORT.set(["soft_share=.3", "epochs=1"]), replace(faces, soft=votes), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="other data"):  # the same faces with other votes
+        train(None, replace(faces, soft=votes[::-1].copy()), tmp_path, resume=True, progress=False)
+    with pytest.raises(ValueError, match="both soft targets"):
+        train(SHORT.set(["teachers=[fast]"]), replace(faces, soft=votes), tmp_path / "both", progress=False)
 
 
 def test_a_resumed_run_has_a_progress_bar_too(faces, tmp_path):
