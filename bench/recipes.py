@@ -101,7 +101,7 @@ def further(name, run, where):
     def here(key):
         if key.startswith("f1_"):
             return run["class_f1"][key[3:]]
-        return run["scores"]["PrivateTest"].get(key) if where == "PrivateTest" else run[where][HISTORY[key]]
+        return run["scores"]["PrivateTest"][key] if where == "PrivateTest" else run[where][HISTORY[key]]
     return {key: {"claim": claim, "own": run and round(here(key), 4)} for key, claim in FURTHER.get(name, {}).items()}
 
 

@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from fastai.data.transforms import Normalize
 
 from .core import import_onnxruntime
-from .loaders import TensorSoftCategory
+from .loaders import TensorFace, TensorSoftCategory
 
 # %% ../nbs/04d_distill.ipynb #162d223e
 def open_teachers(
@@ -41,7 +41,7 @@ def gray_levels(
     "The faces of a normalised batch, uint8 [n, h, w]. Raises `ValueError` where the loaders do not normalise."
     found = [t for t in dls.train.after_batch.fs if isinstance(t, Normalize)]
     if len(found) != 1: raise ValueError(f"the loaders have {len(found)} Normalize: expected one, so that teachers can be shown the faces without it")
-    levels = (x.detach().as_subclass(torch.Tensor)*found[0].std.to(x.device) + found[0].mean.to(x.device)) * 255
+    levels = found[0].decode(TensorFace(x.detach())).as_subclass(torch.Tensor) * 255
     return levels.round().clamp(0, 255).to(torch.uint8)[:, 0].cpu().numpy()
 
 # %% ../nbs/04d_distill.ipynb #7e327d93

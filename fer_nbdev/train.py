@@ -177,17 +177,17 @@ def prepare_table(
     table: FER2013,  # all there is
 ) -> FER2013:
     "The rows of a table that a recipe trains and tests on; votes give way to the label as far as `soft_share` says."
+    if recipe.classes and tuple(recipe.classes) != tuple(table.classes): table = select_classes(table, tuple(recipe.classes))
     if table.soft is not None and recipe.soft_share < 1:
         table = replace(table, soft=(recipe.soft_share*table.soft + (1 - recipe.soft_share)*np.eye(len(table.classes))[table.emotion]).astype(np.float32))
-    if recipe.classes and tuple(recipe.classes) != tuple(table.classes): table = select_classes(table, tuple(recipe.classes))
     return draw_per_class(table, recipe.per_class, recipe.seed) if recipe.per_class else table
 
-def _check_same(out, recipe, data):
+def _check_same(out, recipe, data, teachers):
     "Raise ValueError where the run in `out` was started with another recipe, on other data or with other teachers."
     ours, before = plain_recipe(read_recipe(out/"recipe.yaml")), json.loads((out/"run.json").read_text())
     changed = [k for k, v in plain_recipe(recipe).items() if v != ours[k]]
     if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it without one, or choose another folder")
-    if before.get("teachers", []) != describe_teachers(recipe.teachers): raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
+    if before.get("teachers", []) != teachers: raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
     if before["data"]["sha256"] != data["sha256"]: raise ValueError(f"{out} was started on other data ({before['data']['source']}, {before['data']['rows']})")
 
 def _choose_recipe(out, recipe, resume):
@@ -198,9 +198,9 @@ def _choose_recipe(out, recipe, resume):
     if recipe is None: return read_recipe(out/"recipe.yaml")
     return recipe if recipe.stats else replace(recipe, stats=input_stats(recipe.arch, recipe.pretrained))
 
-def _read_checkpoint(out, recipe, data):
-    "The checkpoint of a run that is resumed, None of one that begins; refuses another recipe or other data."
-    if (out/"run.json").exists(): _check_same(out, recipe, data)
+def _read_checkpoint(out, recipe, data, teachers):
+    "The checkpoint of a run that is resumed, None of one that begins; refuses another recipe, other data and other teachers."
+    if (out/"run.json").exists(): _check_same(out, recipe, data, teachers)
     return load_checkpoint(out/"last.safetensors") if (out/"last.safetensors").exists() else None
 
 # %% ../nbs/05_train.ipynb #2f043eb4
@@ -273,7 +273,7 @@ def train(
     recipe = from_rank0(_choose_recipe, out, recipe, resume)
     table = prepare_table(recipe, table)
     data, teachers = _describe_same_data(table), describe_teachers(recipe.teachers)
-    checkpoint = from_rank0(_read_checkpoint, out, recipe, data)
+    checkpoint = from_rank0(_read_checkpoint, out, recipe, data, teachers)
     if progress is None: progress = sys.stderr.isatty() or "ipykernel" in sys.modules
     progress = progress and not rank_distrib()
     dls = fer_dls(table, recipe.bs, recipe.valid, create_augment(recipe.augment), recipe.stats, recipe.seed, device, recipe.sampling)  # type: ignore[arg-type]  # stats are known by now

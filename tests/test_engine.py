@@ -16,6 +16,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 
+from fer_nbdev.core import EMOTIONS
 from fer_nbdev.data import FER2013, synthetic_faces
 from fer_nbdev.distill import describe_teachers
 from fer_nbdev.export import export_run
@@ -84,6 +85,10 @@ def test_votes_count_as_far_as_the_recipe_says(faces, tmp_path):
     votes = np.random.default_rng(0).dirichlet(np.ones(7), len(faces)).astype(np.float32)
     table = prepare_table(SHORT.set(["soft_share=.3"]), replace(faces, soft=votes))
     assert np.allclose(table.soft, .3 * votes + .7 * np.eye(7)[faces.emotion], atol=1e-6)
+    two = prepare_table(SHORT.set(["soft_share=.3", "classes=[happy, sad]"]), replace(faces, soft=votes))
+    kept = faces.emotion[:, None] == [EMOTIONS.index(c) for c in two.classes]
+    shares = votes[kept.any(1)][:, [EMOTIONS.index(c) for c in two.classes]]  # the share is of what is left where classes are left out
+    assert np.allclose(two.soft, .3 * shares / shares.sum(1, keepdims=True) + .7 * kept[kept.any(1)], atol=1e-6)
     assert prepare_table(SHORT, replace(faces, soft=votes)).soft is votes and prepare_table(SHORT.set(["soft_share=.3"]), faces).soft is None
     train(SHORT.set(["soft_share=.3", "epochs=1"]), replace(faces, soft=votes), tmp_path, progress=False)
     with pytest.raises(ValueError, match="other data"):  # the same faces with other votes
