@@ -396,6 +396,7 @@ def train(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field: --set epochs=3 --set augment.rotate=20. Repeatable.")] = None,
     classes: Annotated[str | None, typer.Option(help="Train on these classes only, separated by commas.")] = None,
     votes: Annotated[Path | None, typer.Option(help="fer2013new.csv of FER+: train on its votes instead of single labels; --set soft_share=.5 on half of each.")] = None,
+    translate: Annotated[bool, typer.Option("--translate", help="Of the votes take how likely each label of FER2013 is for a face with such votes.")] = False,
     teacher: Annotated[list[str] | None, typer.Option(help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     track: Annotated[str | None, typer.Option(help="Also write to an experiment tracker: tensorboard or wandb.")] = None,
@@ -412,7 +413,7 @@ def train(
     from fer_nbdev.recipe import list_recipes
     from fer_nbdev.train import train as run
     if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
-    table, r = _train_data(data, votes), _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
+    table, r = _train_data(data, votes, translate), _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
     try: run(r, table, out, resume=resume, device=device, track=track)
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
@@ -447,15 +448,16 @@ def tune(
     begun = resume and (out/"search.json").exists()
     if begun and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")
     start = None if begun else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings)
-    run(start, _train_data(data, None), search, out, trials, resume, device)
+    run(start, _train_data(data), search, out, trials, resume, device)
     if (out/"best.yaml").exists(): print(f"trials: {out/'trials.csv'}, {out/'trials.png'}\ntrain the best: fer train --recipe {out/'best.yaml'}" + f" --data {data}"*bool(data))
 
 # %% ../nbs/14_cli.ipynb #05210d17
-def _train_data(data, votes):
+def _train_data(data, votes=None, translate=False):
     "What `fer train` trains on."
-    from fer_nbdev.data import read_ferplus, soft_labels, synthetic_faces
+    from fer_nbdev.data import read_ferplus, soft_labels, synthetic_faces, translate_votes
+    if translate and not votes: raise ValueError("--translate needs the votes: add --votes fer2013new.csv")
     table = _read_data(data) if data else synthetic_faces(2100)
-    return soft_labels(table, read_ferplus(votes)) if votes else table
+    return (translate_votes if translate else soft_labels)(table, read_ferplus(votes)) if votes else table
 
 def _train_recipe(out, recipe, default, settings, resume=False, classes=None, teachers=None):
     "The recipe of a new run; None where the run in `out` is resumed with its own."

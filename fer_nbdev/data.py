@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USAGES', 'IMAGE_SUFFIXES', 'FERPLUS_CLASSES', 'split_names', 'FER2013', 'select_classes', 'draw_per_class',
            'synthetic_faces', 'class_counts', 'plot_class_counts', 'plot_faces', 'read_fer2013', 'to_folders',
-           'Duplicates', 'find_duplicates', 'FERPlus', 'read_ferplus', 'soft_labels']
+           'Duplicates', 'find_duplicates', 'FERPlus', 'read_ferplus', 'soft_labels', 'translate_votes']
 
 # %% ../nbs/01_data.ipynb #81ef4b7c
 import gzip, hashlib, lzma, os, secrets, shutil, warnings, zipfile, zlib
@@ -42,7 +42,8 @@ class FER2013:
     usage: np.ndarray  # str [n], one of `USAGES`
     classes: tuple = EMOTIONS  # class names, in the order of the labels
     source: str = ""  # where the rows came from
-    soft: np.ndarray | None = None  # float32 [n, k], each row the votes' shares of the k classes; None: there is only the label
+    soft: np.ndarray | None = None  # float32 [n, k], each row shares of the k classes, as votes see them; None: there is only the label
+    soft_from: str = ""  # what the shares are, for the records of a run
 
     def __post_init__(self):
         n = len(self.pixels)
@@ -91,7 +92,7 @@ def select_classes(
     emotion = renumber[table.emotion]
     keep = emotion >= 0
     soft = None if table.soft is None else _shares(table.soft[keep][:, columns], emotion[keep])
-    return FER2013(table.pixels[keep], emotion[keep], table.usage[keep], tuple(classes), table.source, soft)
+    return FER2013(table.pixels[keep], emotion[keep], table.usage[keep], tuple(classes), table.source, soft, table.soft_from)
 
 def _shares(votes, emotion):
     "float32 [n, k]: votes [n, k] divided by their sum; rows without any vote become one-hot at `emotion`."
@@ -518,10 +519,32 @@ def soft_labels(
 
     Where nobody voted for one of them (a row that is not a face), the label gets the whole share.
     Raises `ValueError` where the rows of the two cannot be the same, or FER+ does not know a class."""
-    if len(table) != len(ferplus): raise ValueError(f"the table has {len(table):,} rows, FER+ {len(ferplus):,}: join them before rows are selected")
-    other = np.flatnonzero(table.usage != ferplus.usage)
-    if len(other): raise ValueError(f"row {other[0]} is {table.usage[other[0]]} in the table and {ferplus.usage[other[0]]} in FER+: the table must be in the order of the challenge csv")
+    _check_rows(table, ferplus)
     unknown = [c for c in table.classes if c not in EMOTIONS]
     if unknown: raise ValueError(f"FER+ has no votes for the classes {unknown}: expected names among {EMOTIONS}")
     votes = ferplus.emotion_votes()[:, [EMOTIONS.index(c) for c in table.classes]]
-    return replace(table, soft=_shares(votes, table.emotion))
+    return replace(table, soft=_shares(votes, table.emotion), soft_from="shares of the votes of FER+")
+
+def _check_rows(table, ferplus):
+    "Raise ValueError where the rows of a table and of FER+ cannot be the same."
+    if len(table) != len(ferplus): raise ValueError(f"the table has {len(table):,} rows, FER+ {len(ferplus):,}: join them before rows are selected")
+    other = np.flatnonzero(table.usage != ferplus.usage)
+    if len(other): raise ValueError(f"row {other[0]} is {table.usage[other[0]]} in the table and {ferplus.usage[other[0]]} in FER+: the table must be in the order of the challenge csv")
+
+# %% ../nbs/01_data.ipynb #f8c311de
+def translate_votes(
+    table: FER2013,  # all rows of the challenge csv, in their order
+    ferplus: FERPlus,  # of `read_ferplus`
+) -> FER2013:
+    """The table with `soft`: how likely each label is for a face with such votes. Labels stay as they are.
+
+    A multinomial logistic regression on the square roots of the ten shares tells it, fitted on the Training rows.
+    Raises `ValueError` where the rows of the two cannot be the same, or where a class has no Training row."""
+    _check_rows(table, ferplus)
+    training = table.usage == "Training"
+    missing = [c for i, c in enumerate(table.classes) if not (table.emotion[training] == i).any()]
+    if missing: raise ValueError(f"no Training row is {' or '.join(missing)}: select other classes after the votes are translated")
+    from sklearn.linear_model import LogisticRegression
+    shares = np.sqrt(ferplus.votes / np.maximum(ferplus.votes.sum(1, keepdims=True), 1))
+    chances = LogisticRegression(max_iter=1000).fit(shares[training], table.emotion[training]).predict_proba(shares)
+    return replace(table, soft=chances.astype(np.float32), soft_from="chances of the labels, told from the votes of FER+")

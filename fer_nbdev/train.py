@@ -150,7 +150,7 @@ def describe_data(
     "Source, size and sha256 of a table, for the records of a run."
     soft = b"" if table.soft is None else table.soft.tobytes()
     digest = hashlib.sha256(table.pixels.tobytes() + table.emotion.tobytes() + "".join(table.usage).encode() + soft).hexdigest()
-    return dict(source=Path(table.source).name or "table", classes=list(table.classes), sha256=digest,
+    return dict(source=Path(table.source).name or "table", soft=table.soft_from, classes=list(table.classes), sha256=digest,
                 rows={u: int((table.usage == u).sum()) for u in np.unique(table.usage).tolist()})
 
 def _describe_same_data(table):
