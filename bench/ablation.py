@@ -126,7 +126,8 @@ def main():
     args = parse_args()
     _report.RESULTS = args.out
     if args.train:
-        from fer_nbdev.data import read_fer2013, read_ferplus, soft_labels, synthetic_faces
+        from fer_nbdev.data import read_fer2013, synthetic_faces
+        from fer_nbdev.votes import read_ferplus, soft_labels
         table = read_fer2013(args.data) if args.data else synthetic_faces(700)
         voted = soft_labels(table, read_ferplus(args.votes)) if args.votes else None
         for name, (group, variant, settings) in jobs().items():

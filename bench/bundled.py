@@ -133,7 +133,8 @@ def main():
     args = parse_args()
     from fer_nbdev.classify import bundled_models
     from fer_nbdev.clean import find_near_duplicates
-    from fer_nbdev.data import read_fer2013, read_ferplus, synthetic_faces
+    from fer_nbdev.data import read_fer2013, synthetic_faces
+    from fer_nbdev.votes import read_ferplus
     if args.out:
         _report.RESULTS = args.out
     cards = bundled_models()

@@ -319,7 +319,8 @@ def parse_args():
 def main():
     args = parse_args()
     from fer_nbdev.clean import score_not_face
-    from fer_nbdev.data import read_fer2013, read_ferplus
+    from fer_nbdev.data import read_fer2013
+    from fer_nbdev.votes import read_ferplus
     from fer_nbdev.recipe import read_recipe
     _report.RESULTS = args.out
     table = read_fer2013(args.data) if args.data else draw_faces()

@@ -77,7 +77,8 @@ def earlier(args, data):
 def main():
     args = parse_args()
     from fer_nbdev.classify import bundled_models
-    from fer_nbdev.data import read_fer2013, read_ferplus, synthetic_faces
+    from fer_nbdev.data import read_fer2013, synthetic_faces
+    from fer_nbdev.votes import read_ferplus
     from fer_nbdev.robustness import CORRUPTIONS, evaluate_robustness
     _report.RESULTS = args.out
     table = limited(read_fer2013(args.data) if args.data else synthetic_faces(700), args.limit)

@@ -24,7 +24,8 @@ from sklearn.neighbors import NearestNeighbors
 from fastcore.basics import patch
 
 from .core import import_cv2, require, write_whole
-from .data import FER2013, FERPLUS_CLASSES, Duplicates, FERPlus, find_duplicates
+from .data import FER2013, Duplicates, find_duplicates
+from .votes import FERPLUS_CLASSES, FERPlus
 from .interpret import open_network
 from .recipe import Recipe
 from .train import cross_validate, fold_tables
@@ -87,7 +88,7 @@ def plant_copies(
     soft = None if table.soft is None else np.concatenate([table.soft, table.soft[source]])
     usage = rng.choice(np.unique(table.usage), n)
     planted = FER2013(np.concatenate([table.pixels, pixels]), np.concatenate([table.emotion, table.emotion[source]]),
-                      np.concatenate([table.usage, usage]), table.classes, table.source, soft)
+                      np.concatenate([table.usage, usage]), table.classes, table.source, soft, table.soft_from)
     return planted, pd.DataFrame(dict(row=np.arange(n) + len(table), source=source, kind=kind))
 
 # %% ../nbs/07a_clean.ipynb #8b981f9d

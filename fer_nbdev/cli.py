@@ -454,7 +454,8 @@ def tune(
 # %% ../nbs/14_cli.ipynb #05210d17
 def _train_data(data, votes=None, translate=False):
     "What `fer train` trains on."
-    from fer_nbdev.data import read_ferplus, soft_labels, synthetic_faces, translate_votes
+    from fer_nbdev.data import synthetic_faces
+    from fer_nbdev.votes import read_ferplus, soft_labels, translate_votes
     if translate and not votes: raise ValueError("--translate needs the votes: add --votes fer2013new.csv")
     table = _read_data(data) if data else synthetic_faces(2100)
     return (translate_votes if translate else soft_labels)(table, read_ferplus(votes)) if votes else table
@@ -575,17 +576,20 @@ def export(
     data: Annotated[Path | None, typer.Option(help="A csv or class folders: PublicTest, or val, calibrates the probabilities, and the test splits are scored; --int8 needs training faces too.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights and activations of eight bits: smaller, and faster on most processors.")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="Weights as they were trained. Default: float16, half the size.")] = False,
+    others: Annotated[list[str] | None, typer.Option("--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.")] = None,
 ):
-    """Write a model folder, `model.onnx` and `card.json`, and check it against the network it came from; or calibrate a finished model on faces of your own.
+    """Write a model folder, `model.onnx` and `card.json`, and check it against the network it came from; or calibrate a finished model on faces of your own, or join several.
 
-    Examples: `fer export run model --data fer2013.csv` · `fer export run small --data fer2013.csv --int8` · `fer export accurate mine --data faces`
+    Examples: `fer export run model --data fer2013.csv` · `fer export run small --data fer2013.csv --int8` · `fer export accurate mine --data faces` · `fer export run_1/model joint --with run_2/model --data fer2013.csv`
     """
-    if int8 and float32: raise typer.BadParameter("--int8 and --float32 exclude each other")
+    if int8 + float32 + bool(others) > 1: raise typer.BadParameter("--int8, --float32 and --with exclude each other")
     require("fastai", "train")
+    from fer_nbdev.ensemble import export_ensemble
     from fer_nbdev.export import calibrate_model, export_run, export_weights, quantize_model
     from fer_nbdev.classify import bundled_models
     table, weights = _read_data(data) if data else None, "int8" if int8 else "float32" if float32 else "float16"
     if int8 and table is None: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
+    if others: return _print_card(export_ensemble([checkpoint, *others], out, table), out)
     if (checkpoint/"card.json").is_file() or str(checkpoint) in bundled_models():
         if table is None: raise ValueError(f"{checkpoint} is a finished model: --data calibrates it on other faces, and with --int8 turns it into eight bits")
         return _print_card((quantize_model if int8 else calibrate_model)(checkpoint, out, table), out)

@@ -15,7 +15,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import EMOTIONS, import_cv2
-from .data import FER2013, FERPlus
+from .data import FER2013
+from .votes import FERPlus
 from .evaluate import Evaluation, confidence_intervals, evaluate_model, predict_table, score
 
 # %% ../nbs/07b_robustness.ipynb #7276ae67

@@ -251,11 +251,11 @@ class Fer2013Cache(Target):
 class FerPlusCsv(Target):
     kinds = TEXT
     def make_seeds(self):
-        from fer_nbdev.data import FERPLUS_CLASSES
+        from fer_nbdev.votes import FERPLUS_CLASSES
         rows = [("Training", "fer0000000.png", 4, 0, 0, 1, 3, 2, 0, 0, 0, 0), ("PublicTest", "", 0, 0, 0, 0, 0, 0, 0, 0, 0, 10), ("PrivateTest", "fer0000002.png", 5, 5, 0, 0, 0, 0, 0, 0, 0, 0)]
         return ["\n".join([",".join(["Usage", "Image name", *FERPLUS_CLASSES]), *(",".join(map(str, r)) for r in rows), ""]).encode()]
     def run(self, data):
-        from fer_nbdev.data import read_ferplus
+        from fer_nbdev.votes import read_ferplus
         path = self.write("votes.csv", data)
         try: votes = read_ferplus(path)
         except ValueError as e: return told(e, str(path))

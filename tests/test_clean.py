@@ -25,7 +25,8 @@ from sklearn.decomposition import PCA
 from fer_nbdev.clean import (COPY_KINDS, NOT_A_FACE, FindingsReviewer, apply_findings, collect_findings, edge_features, find_label_issues,
                              find_near_duplicates, match_faces, out_of_fold_probs, plant_copies, plant_label_errors, read_findings,
                              score_not_face, write_findings)
-from fer_nbdev.data import EMOTIONS, FER2013, FERPlus, find_duplicates, synthetic_faces
+from fer_nbdev.data import EMOTIONS, FER2013, find_duplicates, synthetic_faces
+from fer_nbdev.votes import FERPlus
 from fer_nbdev.recipe import Recipe
 from fer_nbdev.train import fold_tables
 
@@ -40,7 +41,7 @@ def textured(table, seed=0):
 
 def ferplus(table, votes):
     "FER+ votes for a table: {row: (class of FERPLUS_CLASSES, votes)}, nobody else voted."
-    from fer_nbdev.data import FERPLUS_CLASSES
+    from fer_nbdev.votes import FERPLUS_CLASSES
     counts = np.zeros((len(table), 10), np.uint8)
     for row, (name, n) in votes.items():
         counts[row, FERPLUS_CLASSES.index(name)] = n

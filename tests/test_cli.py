@@ -62,6 +62,25 @@ def test_a_finished_model_is_calibrated_on_other_faces(trained):
     _fer("export run/model nothing", code=2)
 
 
+def test_finished_models_are_joined(trained):
+    folder, _ = trained
+    assert "PrivateTest: accuracy" in _fer("export run/model joint --with fast --with accurate --data fer2013.csv")
+    assert [m["name"] for m in json.loads((folder / "joint/card.json").read_text())["members"]] == ["model", "fast", "accurate"]
+    assert "accuracy" in _fer("evaluate joint --data fer2013.csv --split private --out joint_report")
+    _fer("export fast nothing --with accurate --int8", code=2)
+    _fer("export fast nothing --with nobody", code=2)
+
+
+def test_votes_are_translated_on_demand(trained):
+    folder, _ = trained
+    n, columns = len(synthetic_faces(280)), "neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+    usage = synthetic_faces(280).usage
+    (folder / "votes.csv").write_text(f"Usage,Image name,{columns}\n" + "".join(f"{usage[i]},f{i}.png,{10 - i % 5},0,0,{i % 5},0,0,0,0,0,0\n" for i in range(n)))
+    _fer("train --data fer2013.csv --recipe synthetic --set epochs=1 --votes votes.csv --translate --set soft_share=.5 --out voted")
+    assert json.loads((folder / "voted/run.json").read_text())["data"]["soft"] == "chances of the labels, told from the votes of FER+"
+    assert "--votes" in _fer("train --data fer2013.csv --recipe synthetic --translate --out nothing", code=2)
+
+
 def test_resuming_keeps_the_recipe_and_nothing_trains_over_a_run(trained):
     folder, _ = trained
     before = (folder / "run/history.json").read_text()

@@ -16,10 +16,11 @@ from hypothesis.extra import numpy as hnp  # noqa: E402
 
 import fer_nbdev.inference as inference  # noqa: E402
 from fer_nbdev.core import EMOTIONS, UNCERTAIN, Box, Prediction, _upright, read_image  # noqa: E402
-from fer_nbdev.data import (FER2013, USAGES, FERPlus, class_counts, draw_per_class, find_duplicates, read_fer2013, select_classes, soft_labels,  # noqa: E402
-                            split_names, to_folders)
+from fer_nbdev.data import (FER2013, USAGES, class_counts, draw_per_class, find_duplicates, read_fer2013, select_classes, split_names,  # noqa: E402
+                            to_folders)
 from fer_nbdev.detect import _distinct, check_boxes, crop_faces, detect_faces  # noqa: E402
 from fer_nbdev.track import FaceTracker, assign  # noqa: E402
+from fer_nbdev.votes import FERPlus, soft_labels  # noqa: E402
 
 cv2 = pytest.importorskip("cv2")
 COMMON = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

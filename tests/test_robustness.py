@@ -11,7 +11,8 @@ from scipy.stats import chisquare
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from fer_nbdev.core import EMOTIONS
-from fer_nbdev.data import FERPLUS_CLASSES, FERPlus, select_classes, synthetic_faces
+from fer_nbdev.data import select_classes, synthetic_faces
+from fer_nbdev.votes import FERPLUS_CLASSES, FERPlus
 from fer_nbdev.evaluate import calibration_error, evaluate_model
 from fer_nbdev.inference import Predictor
 from fer_nbdev.robustness import CORRUPTIONS, Corruption, accuracy_by_agreement, accuracy_by_group, corrupt, evaluate_robustness, plot_robustness

@@ -99,7 +99,8 @@ def test_models_and_detectors(kind, canary, tmp_path):
 def test_data_and_pictures(kind, canary, tmp_path):
     from _fuzz import faces_csv
     from fer_nbdev.clean import read_findings
-    from fer_nbdev.data import read_fer2013, read_ferplus
+    from fer_nbdev.data import read_fer2013
+    from fer_nbdev.votes import read_ferplus
     from fer_nbdev.recipe import read_recipe
     data = payloads(canary)[kind]
     with pytest.raises(ValueError): read_image(data)
