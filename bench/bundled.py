@@ -25,14 +25,16 @@ from _report import hardware, on_cores, report
 
 SPLITS = ("PublicTest", "PrivateTest")
 KEPT = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece")
-MADE = ("recipe", "seed", "commit", "hardware", "train_minutes", "date", "best_epoch", "calibration", "versions")
+MADE = ("recipe", "seed", "data", "commit", "hardware", "train_minutes", "date", "best_epoch", "calibration", "versions")
 EXAMPLES = """examples:
   python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards     the measurement, ten minutes
   python bench/bundled.py --out /tmp                                              a quick try on drawn faces"""
 
 
 def count_operations(card):
-    "Floating-point operations of one face through the network before its export (a multiplication and an addition are two)."
+    "Floating-point operations of one face through the network, or those of an ensemble, before its export (a multiplication and an addition are two)."
+    if members := card.get("members"):
+        return sum(count_operations({"classes": card["classes"], "img_size": card["img_size"], **m}) for m in members)
     import torch
     from fer_nbdev.models import create_model
     from torch.utils.flop_counter import FlopCounterMode
@@ -107,6 +109,11 @@ def write_latency(name, latency):
         part.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
+def made_of(card):
+    "How a model came to be."
+    return {k: card.get(k) for k in ("arch", *MADE)}
+
+
 def answer_of(models):
     return "; ".join(f"`{name}` {m['scores']['PrivateTest']['one']['accuracy']:.1%} on PrivateTest ({m['scores']['PrivateTest']['ten']['accuracy']:.1%} over ten views), "
                      f"calibration error {m['scores']['PrivateTest']['one']['ece']:.3f}, {m['cost']['single_ms']:.2f} ms a face, {m['cost']['bytes'] / 1e6:.1f} MB"
@@ -147,7 +154,7 @@ def main():
         print(name, file=sys.stderr)
         models[name] = {"scores": score_views(name, table, near), "ferplus": score_by_voters(name, table, ferplus) if ferplus else None,
                         "cost": {"n_params": card["n_params"], "flops": count_operations(card), "bytes": card["files"]["model.onnx"]["bytes"], **took[name]},
-                        "made": {k: card.get(k) for k in ("arch", *MADE)}}
+                        "made": made_of(card) | {"members": [{"name": m["name"], **made_of(m)} for m in card.get("members", ())]}}
         if args.cards:
             write_latency(name, took[name])
     report("bundled", models, question="What do the bundled models score, and what do they cost?", answer=answer_of(models),

@@ -133,8 +133,9 @@ def fer_learner(
 ) -> FERLearner:
     """A learner for `dls` with the network, loss, optimiser and precision of a recipe; its weights are drawn from the recipe's seed.
 
-    Raises `ValueError` where a recipe with teachers meets faces with votes."""
+    Raises `ValueError` where a recipe with teachers meets faces with votes, and where one that shares the target between label and votes or teachers has neither."""
     if recipe.teachers and dls.train.soft is not None: raise ValueError("votes and teachers are both soft targets: train with one of them")
+    if recipe.soft_share < 1 and not recipe.teachers and dls.train.soft is None: raise ValueError(f"soft_share={recipe.soft_share}, and there is nothing beside the labels: give votes or teachers, or set soft_share=1")
     set_seed(recipe.seed)
     model = create_model(recipe.arch, dls.c, recipe.n_in, recipe.img_size, recipe.pretrained, **recipe.arch_args)
     counts = np.bincount(dls.train.stacked[1].cpu(), minlength=dls.c)

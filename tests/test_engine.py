@@ -95,6 +95,9 @@ def test_votes_count_as_far_as_the_recipe_says(faces, tmp_path):
         train(None, replace(faces, soft=votes[::-1].copy()), tmp_path, resume=True, progress=False)
     with pytest.raises(ValueError, match="both soft targets"):
         train(SHORT.set(["teachers=[fast]"]), replace(faces, soft=votes), tmp_path / "both", progress=False)
+    with pytest.raises(ValueError, match="nothing beside the labels"):
+        train(SHORT.set(["soft_share=.3"]), faces, tmp_path / "neither", progress=False)
+    assert not (tmp_path / "neither").exists()
 
 
 def test_a_resumed_run_has_a_progress_bar_too(faces, tmp_path):
