@@ -97,7 +97,7 @@ def test_answers_without_a_doubt_stay_finite():
     assert np.isfinite(c.apply(probs)).all() and np.allclose(c.apply(probs).sum(1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["accurate", "fast"])
+@pytest.mark.parametrize("name", ["accurate", "ensemble", "fast"])
 def test_a_bundled_graph_does_what_its_card_says(name, tmp_path):
     pytest.importorskip("onnx")
     from fer_nbdev.export import _open_graph
