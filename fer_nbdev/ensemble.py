@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from .data import FER2013, synthetic_faces
+from .data import FER2013
 from .export import _open_graph, _parity_faces, _read_folder, _write_folder, calibrate_model, check_report, parity_report
 
 # %% ../nbs/08a_ensemble.ipynb #85489206
@@ -69,8 +69,7 @@ def export_ensemble(
     Raises `FileNotFoundError` where a model is missing, and `ValueError` where the classes of the members differ, where the table
     has fewer than ten PublicTest faces, and as `average_graphs` does."""
     if len(models) < 2: raise ValueError(f"an ensemble has at least two members, not {len(models)}")
-    out, faces_of = Path(out).expanduser(), synthetic_faces(70) if table is None else table
-    cards, graphs, _ = zip(*(_read_folder(m, faces_of) for m in models))
+    out, (cards, graphs) = Path(out).expanduser(), zip(*map(_read_folder, models))
     first = cards[0]
     for c in cards:
         if c["classes"] != first["classes"]: raise ValueError(f"members do not match: {c['name']} knows {', '.join(c['classes'])}; {first['name']} {', '.join(first['classes'])}")

@@ -391,7 +391,7 @@ def export_model(
     _check_weights(weights, limits)
     classes = tuple(classes or (EMOTIONS if table is None else table.classes))
     if whole.n_classes != len(classes): raise ValueError(f"the network has {whole.n_classes} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
-    if table is not None and tuple(table.classes) != classes: table = select_classes(table, classes)
+    if table is not None: table = _with_classes(table, classes)
     usage, faces, emotion = _parity_faces(table, img_size)
     ranges = _range_faces(table, img_size) if weights == "int8" else np.empty((0, img_size, img_size), np.uint8)
     graph = create_onnx(whole)
@@ -429,14 +429,17 @@ def export_run(
                         weights=weights, limits=limits, **entries | about)
 
 # %% ../nbs/08_export.ipynb #1658bbf8
-def _read_folder(folder, table):
-    "Card and graph of a model folder or bundled model, and the table with its classes."
+def _read_folder(folder):
+    "Card and graph of a model folder or bundled model."
     given = Path(folder).expanduser()
     folder = given if given.is_dir() else Path(str(resources.files("fer_nbdev")))/"weights"/given
     if not (folder/"card.json").is_file(): raise FileNotFoundError(f"{str(given)!r} is neither a bundled model nor a model folder, with model.onnx and card.json as export writes them")
     card = json.loads((folder/"card.json").read_text(encoding="utf-8"))
-    if tuple(table.classes) != tuple(card["classes"]): table = select_classes(table, tuple(card["classes"]))
-    return card, read_checked(folder/"model.onnx", card["files"]["model.onnx"]["sha256"]), table
+    return card, read_checked(folder/"model.onnx", card["files"]["model.onnx"]["sha256"])
+
+def _with_classes(table, classes):
+    "The table with these classes in this order, which it may have already."
+    return table if tuple(table.classes) == tuple(classes) else select_classes(table, tuple(classes))
 
 def quantize_model(
     folder,  # model folder to start from, or the name of a bundled model
@@ -452,7 +455,8 @@ def quantize_model(
 
     Raises `FileNotFoundError` where there is no model folder, `ValueError` where it is in int8 already, where the table lacks
     Training rows or one of its classes, and where int8 strays further from the folder's own graph than the limits."""
-    out, (card, graph, table) = Path(out).expanduser(), _read_folder(folder, table)
+    out, (card, graph) = Path(out).expanduser(), _read_folder(folder)
+    table = _with_classes(table, card["classes"])
     small = quantize_graph(graph, _range_faces(table, card["img_size"]), method, reduce_range)
     usage, faces, emotion = _parity_faces(table, card["img_size"])
     predict_faces = _open_graph(small)
@@ -475,7 +479,8 @@ def calibrate_model(
     """Write a copy of a model folder with a calibration for these faces and return its card; its scores are those of the table's test splits.
 
     Raises `FileNotFoundError` where there is no model folder, and `ValueError` where the split has fewer than ten faces or the table lacks a class."""
-    out, (card, graph, table) = Path(out).expanduser(), _read_folder(folder, table)
+    out, (card, graph) = Path(out).expanduser(), _read_folder(folder)
+    table = _with_classes(table, card["classes"])
     part = _part(table, usage, card["img_size"])
     if len(part) < 10: raise ValueError(f"a calibration is fitted on ten faces at least, and the table has {len(part)} of {usage}")
     calibration = fit_calibration(_open_graph(calibrate_graph(graph, None))(part.pixels), part.emotion, method)
