@@ -332,6 +332,10 @@ def check_parity(
     return check_report(parity_report(_in_batches(_open_graph(graph), faces), whole.predict_faces(faces), emotion), weights, limits)
 
 # %% ../nbs/08_export.ipynb #acb54677
+def _with_classes(table, classes):
+    "The table with these classes in this order, which it may have already."
+    return table if tuple(table.classes) == tuple(classes) else select_classes(table, tuple(classes))
+
 def _part(table, usage, img_size, n=None):
     "The rows of a split, at most `n` of them drawn at random, with faces of `img_size`."
     part = table.split(usage)
@@ -436,10 +440,6 @@ def _read_folder(folder):
     if not (folder/"card.json").is_file(): raise FileNotFoundError(f"{str(given)!r} is neither a bundled model nor a model folder, with model.onnx and card.json as export writes them")
     card = json.loads((folder/"card.json").read_text(encoding="utf-8"))
     return card, read_checked(folder/"model.onnx", card["files"]["model.onnx"]["sha256"])
-
-def _with_classes(table, classes):
-    "The table with these classes in this order, which it may have already."
-    return table if tuple(table.classes) == tuple(classes) else select_classes(table, tuple(classes))
 
 def quantize_model(
     folder,  # model folder to start from, or the name of a bundled model
