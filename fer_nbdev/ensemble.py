@@ -68,12 +68,12 @@ def export_ensemble(
 
     Raises `FileNotFoundError` where a model is missing, and `ValueError` where the classes of the members differ, where the table
     has fewer than ten PublicTest faces, and as `average_graphs` does."""
-    if len(models) < 2: raise ValueError(f"an ensemble has at least two members, not {len(models)}")
-    out, (cards, graphs) = Path(out).expanduser(), zip(*map(_read_folder, models))
-    first = cards[0]
+    out, members = Path(out).expanduser(), [_read_folder(m) for m in models]
+    cards, graphs = [card for card, _ in members], [graph for _, graph in members]
+    graph, first = average_graphs(graphs), cards[0]
     for c in cards:
         if c["classes"] != first["classes"]: raise ValueError(f"members do not match: {c['name']} knows {', '.join(c['classes'])}; {first['name']} {', '.join(first['classes'])}")
-    graph, (usage, faces, _) = average_graphs(list(graphs)), _parity_faces(table, first["img_size"])
+    usage, faces, _ = _parity_faces(table, first["img_size"])
     parity = check_report(parity_report(_open_graph(graph)(faces), np.mean([_open_graph(g)(faces) for g in graphs], axis=0)))
     card = dict(format=1, name=out.name, arch="ensemble", classes=first["classes"], img_size=first["img_size"], n_params=sum(c["n_params"] for c in cards),
                 **{k: _common(cards, k) for k in ("selected_on", "licence", "weights")}, members=[_describe_member(c) for c in cards],

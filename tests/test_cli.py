@@ -73,9 +73,8 @@ def test_finished_models_are_joined(trained):
 
 def test_votes_are_translated_on_demand(trained):
     folder, _ = trained
-    n, columns = len(synthetic_faces(280)), "neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
-    usage = synthetic_faces(280).usage
-    (folder / "votes.csv").write_text(f"Usage,Image name,{columns}\n" + "".join(f"{usage[i]},f{i}.png,{10 - i % 5},0,0,{i % 5},0,0,0,0,0,0\n" for i in range(n)))
+    usage, columns = synthetic_faces(280).usage, "neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+    (folder / "votes.csv").write_text(f"Usage,Image name,{columns}\n" + "".join(f"{u},f{i}.png,{10 - i % 5},0,0,{i % 5},0,0,0,0,0,0\n" for i, u in enumerate(usage)))
     _fer("train --data fer2013.csv --recipe synthetic --set epochs=1 --votes votes.csv --translate --set soft_share=.5 --out voted")
     assert json.loads((folder / "voted/run.json").read_text())["data"]["soft"] == "chances of the labels, told from the votes of FER+"
     assert "--votes" in _fer("train --data fer2013.csv --recipe synthetic --translate --out nothing", code=2)
