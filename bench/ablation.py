@@ -119,12 +119,13 @@ def answer_of(base, rows, planned):
     "What stands out, in a sentence."
     if base is None or not rows:
         return "not trained yet"
-    best, worst = sorted(rows, key=lambda r: -r["gain"])[:3], sorted(rows, key=lambda r: r["gain"])[:3]
+    ordered = sorted(rows, key=lambda r: -r["gain"])
 
     def tell(some):
-        return ", ".join(f"{r['variant']} {100 * r['gain']:+.1f}" for r in some)
+        return ", ".join(f"{r['variant']} {100 * r['gain']:+.1f}" for r in some[:3]) or "none"
+    gained, lost = [r for r in ordered if r["gain"] > 0], [r for r in reversed(ordered) if r["gain"] < 0]
     spread = f" ± {base['spread']['accuracy']:.1%} over {base['seeds']} seeds" if base["seeds"] > 1 else ""
-    return (f"base {base['accuracy']:.1%}{spread} on PublicTest; points gained: {tell(best)}; lost: {tell(worst)}"
+    return (f"base {base['accuracy']:.1%}{spread} on PublicTest; points gained: {tell(gained)}; lost: {tell(lost)}"
             + (f" ({len(rows)} of {planned} variants trained)" if len(rows) < planned else ""))
 
 
