@@ -166,8 +166,9 @@ def main():
     found = collect(args.runs, earlier(args.out))
     base, rows = summarise(found)
     args.out.mkdir(parents=True, exist_ok=True)
-    report("ablation", {"base": base, "epochs": args.epochs, "variants": rows, "runs": found}, question="What makes a network better on FER2013?",
-           answer=answer_of(base, rows, sum(map(len, VARIANTS.values()))), command="python bench/ablation.py --runs runs/ablation --data fer2013.csv --votes fer2013new.csv --train")
+    planned = sum(map(len, VARIANTS.values()))
+    report("ablation", {"base": base, "epochs": args.epochs, "planned": planned, "variants": rows, "runs": found}, question="What makes a network better on FER2013?",
+           answer=answer_of(base, rows, planned), command="python bench/ablation.py --runs runs/ablation --data fer2013.csv --votes fer2013new.csv --train")
 
 
 if __name__ == "__main__":
