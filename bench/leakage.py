@@ -27,11 +27,11 @@ import numpy as np
 from _report import report
 
 EPOCHS, SEEDS = 42, (0, 1, 2)
-SPLITS = ("PublicTest", "PrivateTest")
-AS_IS, OTHERS = "as it is", "others out"
-VERSIONS = (AS_IS, "copies out", OTHERS, "identical out")
+SPLITS = clean.SPLITS
+AS_IS = "as it is"
+VERSIONS = (AS_IS, "copies out", "others out", "identical out")
 EXAMPLES = """examples:
-  python bench/leakage.py --runs runs/leakage                                    collect what is there
+  python bench/leakage.py --runs runs/leakage --data fer2013.csv                 collect what is there
   python bench/leakage.py --runs runs/leakage --data fer2013.csv --train         train what is missing: two hours of one core for each seed
   python bench/leakage.py --runs runs/leakage --data fer2013.csv --train --seeds 0
   python bench/leakage.py --runs /tmp/leakage --train --seeds 0 --epochs 1 --out /tmp    a quick try on drawn faces"""
@@ -50,13 +50,8 @@ def draw_faces():
 
 def find_copies(table, runs):
     "`NearDuplicates` of the table, kept in the folder of the runs: the search looks at every face and takes minutes."
-    from fer_nbdev.clean import NearDuplicates, find_near_duplicates
-    path = runs / "near.npz"
-    if not path.exists():
-        runs.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **vars(find_near_duplicates(table, progress=sys.stderr.isatty())))
-    with np.load(path) as found:
-        return NearDuplicates(**found)
+    from fer_nbdev.clean import find_near_duplicates
+    return clean.restore(clean.cached(runs / "near.npz", lambda: vars(find_near_duplicates(table, progress=sys.stderr.isatty()))))
 
 
 def shown_in_tests(found):
@@ -91,15 +86,16 @@ def folder_of(runs, version, seed):
 
 
 def train_run(folder, table, seed, epochs):
-    "Train a run or go on with it, and keep what it says of all test faces."
+    "Train a run or go on with it, and keep what it says of all test faces: only then is it finished."
     from fer_nbdev.evaluate import predict_table
     from fer_nbdev.recipe import read_recipe
     from fer_nbdev.train import train
-    if (folder / "test.npz").exists():
-        return
-    recipe = None if (folder / "run.json").exists() else read_recipe("fast").set([f"epochs={epochs}", f"seed={seed}"])
-    learn = train(recipe, table, folder, resume=True)
-    np.savez(folder / "test.npz", **{split: predict_table(learn, table.split(split)) for split in SPLITS})
+
+    def answers():
+        recipe = None if (folder / "run.json").exists() else read_recipe("fast").set([f"epochs={epochs}", f"seed={seed}"])
+        learn = train(recipe, table, folder, resume=True)
+        return {split: predict_table(learn, table.split(split)) for split in SPLITS}
+    clean.cached(folder / "test.npz", answers)
 
 
 def read_run(folder, parts, emotion):
@@ -182,7 +178,7 @@ def write(args, table, near, exact):
             if run := read_run(folder_of(args.runs, version, seed), parts, table.emotion):
                 found[version, seed] = {"version": version, "seed": seed, **run}
         if new := differences(args.runs, parts, table.emotion, seed):
-            lost[seed] = new
+            lost[seed] = lost.get(seed, {}) | new
     report("leakage", {"runs": list(found.values()), "differences": {str(k): v for k, v in sorted(lost.items())},
                        "rows": {version: int(rows_out(version, table, near, exact, 0).sum()) for version in VERSIONS}},
            question="How much of a score on FER2013 is memory?", answer=answer_of(found), command="python bench/leakage.py --runs runs/leakage --data fer2013.csv --train")
