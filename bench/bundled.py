@@ -47,10 +47,10 @@ def count_operations(card):
 
 def uncalibrated(name):
     "What a bundled model says without its calibration: a function from faces to probabilities."
-    import fer_nbdev
     from fer_nbdev.calibrate import calibrate_graph
-    from fer_nbdev.export import _open_graph
-    return _open_graph(calibrate_graph((Path(fer_nbdev.__file__).parent / "weights" / name / "model.onnx").read_bytes(), None))
+    from fer_nbdev.cards import read_model
+    from fer_nbdev.export import open_graph
+    return open_graph(calibrate_graph(read_model(name)[1], None))
 
 
 def score_views(name, table, near):
@@ -101,9 +101,9 @@ def time_models(names, rounds):
 
 def write_latency(name, latency):
     "Put the milliseconds and the machine into the card of a bundled model."
-    import fer_nbdev
+    from fer_nbdev.cards import weights_folder
     from fer_nbdev.core import write_whole
-    path = Path(fer_nbdev.__file__).parent / "weights" / name / "card.json"
+    path = weights_folder() / name / "card.json"
     card = json.loads(path.read_text(encoding="utf-8")) | {"latency": latency | {"threads": 1, "hardware": hardware()["cpu"]}}
     with write_whole(path) as part:
         part.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
@@ -138,7 +138,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    from fer_nbdev.classify import bundled_models
+    from fer_nbdev.cards import bundled_models
     from fer_nbdev.clean import find_near_duplicates
     from fer_nbdev.data import read_fer2013, synthetic_faces
     from fer_nbdev.votes import read_ferplus

@@ -9,8 +9,6 @@ faces are found by Haar, with threads of onnxruntime that spin and that do not; 
 on one core. All answers must agree, or the run fails.
 """
 import argparse
-import hashlib
-import json
 import statistics
 import sys
 import tempfile
@@ -34,6 +32,7 @@ EXAMPLES = """examples:
 def tiny_model(folder):
     "A model folder whose network is one matrix product: what is left of its time is onnxruntime's own."
     import numpy as np
+    from fer_nbdev.cards import write_model
     from fer_nbdev.core import EMOTIONS
     from onnx import TensorProto, helper, numpy_helper
     weights = np.random.default_rng(0).normal(0, 1 / 3000, (48 * 48, 7)).astype(np.float32)
@@ -42,10 +41,7 @@ def tiny_model(folder):
     graph = helper.make_graph(nodes, "tiny", [helper.make_tensor_value_info("faces", TensorProto.UINT8, ["n", 48, 48])],
                               [helper.make_tensor_value_info("probs", TensorProto.FLOAT, ["n", 7])], [numpy_helper.from_array(weights, "weights")])
     data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
-    folder.mkdir()
-    (folder / "model.onnx").write_bytes(data)
-    (folder / "card.json").write_text(json.dumps({"format": 1, "name": "tiny", "classes": list(EMOTIONS), "img_size": 48,
-                                                  "files": {"model.onnx": {"sha256": hashlib.sha256(data).hexdigest()}}}))
+    write_model(folder, data, dict(format=1, name="tiny", classes=list(EMOTIONS), img_size=48))
     return folder
 
 
@@ -149,7 +145,7 @@ def parse_args():
 def main():
     args = parse_args()
     _report.RESULTS = args.out
-    from fer_nbdev.classify import bundled_models
+    from fer_nbdev.cards import bundled_models
     cards, weights = bundled_models(), _report.ROOT / "fer_nbdev" / "weights"
     seconds, rounds = (.02, 3) if args.quick else (.5, 9)
     with on_cores(1), tempfile.TemporaryDirectory() as tmp:

@@ -76,7 +76,7 @@ def earlier(args, data):
 
 def main():
     args = parse_args()
-    from fer_nbdev.classify import bundled_models
+    from fer_nbdev.cards import bundled_models
     from fer_nbdev.data import read_fer2013, synthetic_faces
     from fer_nbdev.votes import read_ferplus
     from fer_nbdev.robustness import CORRUPTIONS, evaluate_robustness

@@ -356,7 +356,7 @@ def serve(
 @app.command()
 def models():
     "List the bundled models: accuracy, macro F1 and calibration error on PrivateTest, which selected nothing, and milliseconds a face on one core of the machine that the cards name, alone and in batches of 64."
-    from fer_nbdev.classify import bundled_models
+    from fer_nbdev.cards import bundled_models
     from rich.table import Table
     table = Table("model", "network", "params", "file", "accuracy", "F1", "ECE", "ms", "ms in 64", title="Bundled models: scores on PrivateTest, milliseconds a face on one core", box=None, padding=(0, 1))
     for name, card in bundled_models().items():
@@ -571,7 +571,7 @@ def _print_scores(s, title):
 # %% ../nbs/14_cli.ipynb #8e5a2318
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.")],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
     data: Annotated[Path | None, typer.Option(help="A csv or class folders: PublicTest, or val, calibrates the probabilities, and the test splits are scored; --int8 needs training faces too.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights and activations of eight bits: smaller, and faster on most processors.")] = False,
@@ -584,13 +584,13 @@ def export(
     """
     if int8 + float32 + bool(others) > 1: raise typer.BadParameter("--int8, --float32 and --with exclude each other")
     require("fastai", "train")
+    from fer_nbdev.cards import bundled_models
     from fer_nbdev.ensemble import export_ensemble
     from fer_nbdev.export import calibrate_model, export_run, export_weights, quantize_model
-    from fer_nbdev.classify import bundled_models
     table, weights = _read_data(data) if data else None, "int8" if int8 else "float32" if float32 else "float16"
     if int8 and table is None: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
     if others: return _print_card(export_ensemble([checkpoint, *others], out, table), out)
-    if (checkpoint/"card.json").is_file() or str(checkpoint) in bundled_models():
+    if checkpoint in bundled_models() or Path(checkpoint, "card.json").is_file():
         if table is None: raise ValueError(f"{checkpoint} is a finished model: --data calibrates it on other faces, and with --int8 turns it into eight bits")
         return _print_card((quantize_model if int8 else calibrate_model)(checkpoint, out, table), out)
-    _print_card((export_weights if checkpoint.is_file() else export_run)(checkpoint, out, table, weights=weights), out)
+    _print_card((export_weights if Path(checkpoint).is_file() else export_run)(checkpoint, out, table, weights=weights), out)

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from .cards import read_model, write_model
 from .data import FER2013
-from .export import _open_graph, _parity_faces, _read_folder, _write_folder, calibrate_model, check_report, parity_report
+from .export import calibrate_model, check_report, open_graph, parity_faces, parity_report
 
 # %% ../nbs/08a_ensemble.ipynb #85489206
 def _shape(value): return [d.dim_value for d in value.type.tensor_type.shape.dim][1:]
@@ -66,19 +67,19 @@ def export_ensemble(
 ) -> dict:
     """Write the mean of several models as one model folder and return its card.
 
-    Raises `FileNotFoundError` where a model is missing, and `ValueError` where the classes of the members differ, where the table
+    Raises as `read_model` does where a model is missing, and `ValueError` where the classes of the members differ, where the table
     has fewer than ten PublicTest faces, and as `average_graphs` does."""
-    out, members = Path(out).expanduser(), [_read_folder(m) for m in models]
+    out, members = Path(out).expanduser(), [read_model(m) for m in models]
     cards, graphs = [card for card, _ in members], [graph for _, graph in members]
     graph, first = average_graphs(graphs), cards[0]
     for c in cards:
         if c["classes"] != first["classes"]: raise ValueError(f"members do not match: {c['name']} knows {', '.join(c['classes'])}; {first['name']} {', '.join(first['classes'])}")
-    usage, faces, _ = _parity_faces(table, first["img_size"])
-    parity = check_report(parity_report(_open_graph(graph)(faces), np.mean([_open_graph(g)(faces) for g in graphs], axis=0)))
+    usage, faces, _ = parity_faces(table, first["img_size"])
+    parity = check_report(parity_report(open_graph(graph)(faces), np.mean([open_graph(g)(faces) for g in graphs], axis=0)))
     card = dict(format=1, name=out.name, arch="ensemble", classes=first["classes"], img_size=first["img_size"], n_params=sum(c["n_params"] for c in cards),
                 **{k: _common(cards, k) for k in ("selected_on", "licence", "weights")}, members=[_describe_member(c) for c in cards],
                 calibration=None, parity=dict(against="the members", faces=usage) | parity) | about
-    if table is None: return _write_folder(out, graph, card)
+    if table is None: return write_model(out, graph, card)
     with TemporaryDirectory() as bare:
-        _write_folder(Path(bare), graph, card)
+        write_model(Path(bare), graph, card)
         return calibrate_model(bare, out, table, name=card["name"])

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'ExportedModel', 'create_onnx', 'halve_weights', 'quantize_graph', 'parity_report', 'check_report',
-           'check_parity', 'export_model', 'export_run', 'quantize_model', 'calibrate_model', 'export_weights',
-           'export_learner']
+           'open_graph', 'check_parity', 'parity_faces', 'export_model', 'export_run', 'quantize_model',
+           'calibrate_model', 'export_weights', 'export_learner']
 
 # %% ../nbs/08_export.ipynb #4cd7082b
-import hashlib, io, json, logging, os, warnings
+import io, json, logging, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, replace
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +20,8 @@ import torch
 from fastai.data.transforms import Normalize
 from torch import nn
 
-from .core import EMOTIONS, import_cv2, import_onnxruntime, read_checked, require, spare_path, write_whole
+from .cards import read_model, write_model
+from .core import EMOTIONS, import_cv2, import_onnxruntime, require
 from .data import FER2013, select_classes, synthetic_faces
 from .calibrate import Calibration, calibrate_graph, fit_calibration
 from .evaluate import score
@@ -297,8 +297,10 @@ def check_report(
     return report | dict(limits=limits)
 
 # %% ../nbs/08_export.ipynb #637c5d0c
-def _open_graph(graph):
-    "A function from uint8 faces [n, h, w] to probs float32 [n, k] by an exported graph, given as bytes or a path."
+def open_graph(
+    graph,  # bytes or the path of an exported graph
+):
+    "A function from faces, uint8 [n, img_size, img_size], to their probabilities, float32 [n, k], by onnxruntime."
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -329,7 +331,7 @@ def check_parity(
     "The `parity_report` of a graph against its network, checked by `check_report`."
     whole = _wrapped(model)
     if faces is None: faces = _resized(synthetic_faces(64).pixels, whole.img_size)
-    return check_report(parity_report(_in_batches(_open_graph(graph), faces), whole.predict_faces(faces), emotion), weights, limits)
+    return check_report(parity_report(_in_batches(open_graph(graph), faces), whole.predict_faces(faces), emotion), weights, limits)
 
 # %% ../nbs/08_export.ipynb #acb54677
 def _with_classes(table, classes):
@@ -342,8 +344,11 @@ def _part(table, usage, img_size, n=None):
     if n and len(part) > n: part = part[np.sort(np.random.default_rng(0).permutation(len(part))[:n])]
     return replace(part, pixels=_resized(part.pixels, img_size))
 
-def _parity_faces(table, img_size):
-    "(name, faces, labels) to compare on: PublicTest, else 512 Training rows, else drawn faces, whose labels say nothing to a network that never saw any."
+def parity_faces(
+    table: FER2013 | None,  # the faces there are
+    img_size: int,  # side of the faces that the graph takes, in pixels
+) -> tuple:
+    "(name, faces, labels) to compare graphs on: PublicTest, else 512 Training rows, else drawn faces, whose labels say nothing to a network that never saw any."
     for usage, n in (("PublicTest", None), ("Training", 512)):
         if table is not None and len(part := _part(table, usage, img_size, n)): return usage, part.pixels, part.emotion
     return "drawn faces", _resized(synthetic_faces(64).pixels, img_size), None
@@ -363,15 +368,6 @@ def _score_splits(predict_faces, table, img_size, known):
     parts = {usage: _part(table, usage, img_size) for usage in ("PublicTest", "PrivateTest")}
     return {usage: score(known[usage] if usage in known else predict_faces(part.pixels), part.emotion, table.classes) for usage, part in parts.items() if len(part)}
 
-def _write_folder(out, graph, card):
-    "Write graph and card, and return the card. Killed at any moment, this leaves the old model or the new one (see `spare_path`)."
-    sha256 = hashlib.sha256(graph).hexdigest()
-    card["files"] = {"model.onnx": dict(sha256=sha256, bytes=len(graph))}
-    with write_whole(spare := spare_path(out/"model.onnx", sha256)) as tmp: Path(tmp).write_bytes(graph)
-    with write_whole(out/"card.json") as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding="utf-8")
-    os.replace(spare, out/"model.onnx")
-    for left in out.glob(f".model.{'?'*16}.onnx"): left.unlink()  # of exports that were killed
-    return card
 
 # %% ../nbs/08_export.ipynb #e137b06e
 def export_model(
@@ -396,19 +392,19 @@ def export_model(
     classes = tuple(classes or (EMOTIONS if table is None else table.classes))
     if whole.n_classes != len(classes): raise ValueError(f"the network has {whole.n_classes} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
     if table is not None: table = _with_classes(table, classes)
-    usage, faces, emotion = _parity_faces(table, img_size)
+    usage, faces, emotion = parity_faces(table, img_size)
     ranges = _range_faces(table, img_size) if weights == "int8" else np.empty((0, img_size, img_size), np.uint8)
     graph = create_onnx(whole)
     graph = halve_weights(graph) if weights == "float16" else quantize_graph(graph, ranges) if weights == "int8" else graph
-    if calibration is None and usage == "PublicTest" and len(faces) >= 10: calibration = fit_calibration(_open_graph(graph)(faces), emotion)
+    if calibration is None and usage == "PublicTest" and len(faces) >= 10: calibration = fit_calibration(open_graph(graph)(faces), emotion)
     if calibration: graph = calibrate_graph(graph, calibration)
-    predict_faces, reference = _open_graph(graph), whole.predict_faces(faces)
+    predict_faces, reference = open_graph(graph), whole.predict_faces(faces)
     probs = _in_batches(predict_faces, faces)
     parity = check_report(parity_report(probs, calibration.apply(reference) if calibration else reference, emotion), weights, limits)
     card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, calibration=_describe(calibration, usage), n_params=count_parameters(model),
                 stats=stats, weights=weights, parity=dict(against="PyTorch", faces=usage) | parity) | about
     if table is not None: card["scores"] = _score_splits(predict_faces, table, img_size, {usage: probs})
-    return _write_folder(out, graph, card)
+    return write_model(out, graph, card)
 
 # %% ../nbs/08_export.ipynb #8bb932cf
 def export_run(
@@ -433,14 +429,6 @@ def export_run(
                         weights=weights, limits=limits, **entries | about)
 
 # %% ../nbs/08_export.ipynb #1658bbf8
-def _read_folder(folder):
-    "Card and graph of a model folder or bundled model."
-    given = Path(folder).expanduser()
-    folder = given if given.is_dir() else Path(str(resources.files("fer_nbdev")))/"weights"/given
-    if not (folder/"card.json").is_file(): raise FileNotFoundError(f"{str(given)!r} is neither a bundled model nor a model folder, with model.onnx and card.json as export writes them")
-    card = json.loads((folder/"card.json").read_text(encoding="utf-8"))
-    return card, read_checked(folder/"model.onnx", card["files"]["model.onnx"]["sha256"])
-
 def quantize_model(
     folder,  # model folder to start from, or the name of a bundled model
     out,  # model folder to write
@@ -453,18 +441,18 @@ def quantize_model(
 ) -> dict:
     """Write an int8 copy of a model folder and return its card.
 
-    Raises `FileNotFoundError` where there is no model folder, `ValueError` where it is in int8 already, where the table lacks
+    Raises as `read_model` does where there is no whole model, and `ValueError` where it is in int8 already, where the table lacks
     Training rows or one of its classes, and where int8 strays further from the folder's own graph than the limits."""
-    out, (card, graph) = Path(out).expanduser(), _read_folder(folder)
+    out, (card, graph) = Path(out).expanduser(), read_model(folder)
     table = _with_classes(table, card["classes"])
     small = quantize_graph(graph, _range_faces(table, card["img_size"]), method, reduce_range)
-    usage, faces, emotion = _parity_faces(table, card["img_size"])
-    predict_faces = _open_graph(small)
+    usage, faces, emotion = parity_faces(table, card["img_size"])
+    predict_faces = open_graph(small)
     probs = _in_batches(predict_faces, faces)
-    parity = check_report(parity_report(probs, _open_graph(graph)(faces), emotion), "int8", limits)
+    parity = check_report(parity_report(probs, open_graph(graph)(faces), emotion), "int8", limits)
     card |= dict(name=out.name, weights="int8", parity=dict(against=f"{card['name']} ({card.get('weights', 'float32')})", faces=usage) | parity) | about
     card["scores"] = _score_splits(predict_faces, table, card["img_size"], {usage: probs})
-    return _write_folder(out, small, card)
+    return write_model(out, small, card)
 
 # %% ../nbs/08_export.ipynb #757fa4c2
 def calibrate_model(
@@ -478,15 +466,15 @@ def calibrate_model(
 ) -> dict:
     """Write a copy of a model folder with a calibration for these faces and return its card; its scores are those of the table's test splits.
 
-    Raises `FileNotFoundError` where there is no model folder, and `ValueError` where the split has fewer than ten faces or the table lacks a class."""
-    out, (card, graph) = Path(out).expanduser(), _read_folder(folder)
+    Raises as `read_model` does where there is no whole model, and `ValueError` where the split has fewer than ten faces or the table lacks a class."""
+    out, (card, graph) = Path(out).expanduser(), read_model(folder)
     table = _with_classes(table, card["classes"])
     part = _part(table, usage, card["img_size"])
     if len(part) < 10: raise ValueError(f"a calibration is fitted on ten faces at least, and the table has {len(part)} of {usage}")
-    calibration = fit_calibration(_open_graph(calibrate_graph(graph, None))(part.pixels), part.emotion, method)
+    calibration = fit_calibration(open_graph(calibrate_graph(graph, None))(part.pixels), part.emotion, method)
     graph = calibrate_graph(graph, calibration)
-    card |= dict(name=out.name, calibration=_describe(calibration, usage), scores=_score_splits(_open_graph(graph), table, card["img_size"], {})) | about
-    return _write_folder(out, graph, card)
+    card |= dict(name=out.name, calibration=_describe(calibration, usage), scores=_score_splits(open_graph(graph), table, card["img_size"], {})) | about
+    return write_model(out, graph, card)
 
 # %% ../nbs/08_export.ipynb #facd55e4
 def _load_weights(file, recipe, classes):

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .classify import _find_model, _weights, count_threads
+from .cards import find_model, weights_folder
+from .classify import count_threads
 from .core import import_cv2, read_image, require, write_whole
 from .data import IMAGE_SUFFIXES
 from .detect import _choose
@@ -507,8 +508,8 @@ class DatasetSummary:
 
 def _fixed_models(model):
     "Bundled names as they are, model folders by their absolute paths"
-    folders = [_find_model(m) for m in (model if isinstance(model, (list, tuple)) else [model])]
-    return [f.name if f.parent == _weights() else str(f) for f in folders]
+    folders = [find_model(m) for m in (model if isinstance(model, (list, tuple)) else [model])]
+    return [f.name if f.parent == weights_folder() else str(f) for f in folders]
 
 def _fixed_detector(detector):
     "The name of a detector, or the absolute path of a YuNet model"

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from .classify import bundled_models
+from .cards import bundled_models
 from .core import import_cv2, require
 from .detect import find_yunet
 from .service import _BOX, Face, ImageError, Limits, LiveFaces, PredictAnswer, Service, _face, _read_upload, _refusal, _refusals, predict_images

@@ -286,15 +286,15 @@ class Folder(ImageBytes):
 class Card(Target):
     kinds = TEXT
     def make_seeds(self):
-        from fer_nbdev.classify import _weights
-        folder = min((p.parent for p in _weights().glob("*/card.json")), key=lambda p: (p / "model.onnx").stat().st_size)
+        from fer_nbdev.cards import weights_folder
+        folder = min((p.parent for p in weights_folder().glob("*/card.json")), key=lambda p: (p / "model.onnx").stat().st_size)
         self.model = self.folder / "model"
         shutil.copytree(folder, self.model)
         card = json.loads((folder / "card.json").read_text())
         short = {k: card[k] for k in ("format", "name", "classes", "img_size", "files")}
         return [json.dumps(short).encode(), json.dumps(short, indent=1).encode(), (folder / "card.json").read_bytes()]
     def run(self, data):
-        from fer_nbdev.classify import read_card
+        from fer_nbdev.cards import read_card
         (self.model / "card.json").write_bytes(data)
         try: card = read_card(self.model)
         except (ValueError, FileNotFoundError) as e: return told(e, str(self.model))

@@ -74,12 +74,13 @@ class ModelFolder(Writer):
     name, heavy = "model", True
     def write(self, version):
         from _models import small_graph
+        from fer_nbdev.cards import write_model
         from fer_nbdev.core import EMOTIONS
-        from fer_nbdev.export import _write_folder
         weights = np.random.default_rng(version).normal(0, 1, (48 * 48, 7)).astype(np.float32)
-        _write_folder(self.path, small_graph(EMOTIONS, weights=weights), dict(format=1, name="model", classes=list(EMOTIONS), img_size=48, version=version))
+        write_model(self.path, small_graph(EMOTIONS, weights=weights), dict(format=1, name="model", classes=list(EMOTIONS), img_size=48, version=version))
     def version(self):
-        from fer_nbdev.classify import FaceClassifier, read_card
+        from fer_nbdev.cards import read_card
+        from fer_nbdev.classify import FaceClassifier
         from fer_nbdev.core import EMOTIONS
         card = read_card(self.path)
         model, face = FaceClassifier(self.path, threads=1), np.random.default_rng(0).integers(0, 256, (1, 48, 48), dtype=np.uint8)

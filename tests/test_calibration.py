@@ -100,12 +100,12 @@ def test_answers_without_a_doubt_stay_finite():
 @pytest.mark.parametrize("name", ["accurate", "ensemble", "fast"])
 def test_a_bundled_graph_does_what_its_card_says(name, tmp_path):
     pytest.importorskip("onnx")
-    from fer_nbdev.export import _open_graph
+    from fer_nbdev.export import open_graph
     about, graph = json.loads((WEIGHTS / name / "card.json").read_text()), (WEIGHTS / name / "model.onnx").read_bytes()
     c, faces = Calibration(**{k: about["calibration"][k] for k in ("scale", "bias", "method", "losses")}), synthetic_faces(20).pixels
     plain = calibrate_graph(graph, None)
     assert len(plain) < len(graph)
-    np.testing.assert_allclose(c.apply(_open_graph(plain)(faces)), Predictor(name, detector="none").predict_faces(faces), atol=1e-5)
+    np.testing.assert_allclose(c.apply(open_graph(plain)(faces)), Predictor(name, detector="none").predict_faces(faces), atol=1e-5)
     assert calibrate_graph(plain, c) == calibrate_graph(graph, c)
     with pytest.raises(ValueError, match="does not end in a softmax"):
         import onnx

@@ -15,7 +15,7 @@ import pytest
 
 from _repository import CONFIG, LIB, MODULES, NBS, NOTEBOOKS, ROOT, is_inherited, name_of, page_id, read_cells
 
-LIGHT = ("core", "data", "detect", "classify", "inference", "track", "video", "service", "serve", "page", "scale", "cli")
+LIGHT = ("core", "cards", "data", "detect", "classify", "inference", "track", "video", "service", "serve", "page", "scale", "cli")
 HEAVY = ("torch", "torchvision", "fastai", "timm", "pandas", "sklearn", "cleanlab", "onnx", "onnxscript")
 COMMANDS = ("pip install . && fer predict", 'pip install -e ".[dev]" && pytest -n 2 tests')
 

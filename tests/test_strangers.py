@@ -21,7 +21,8 @@ onnx = pytest.importorskip("onnx")
 torch = pytest.importorskip("torch")
 
 from _models import model_folder, small_graph  # noqa: E402
-from fer_nbdev.classify import FaceClassifier, read_card  # noqa: E402
+from fer_nbdev.cards import read_card  # noqa: E402
+from fer_nbdev.classify import FaceClassifier  # noqa: E402
 
 FACES = np.zeros((2, 48, 48), np.uint8)
 

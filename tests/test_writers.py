@@ -73,9 +73,9 @@ def _weights(path):
 
 def _model(path):
     from _models import small_graph
+    from fer_nbdev.cards import write_model
     from fer_nbdev.core import EMOTIONS
-    from fer_nbdev.export import _write_folder
-    _write_folder(Path(path).parent, small_graph(EMOTIONS, weights=np.zeros((2304, 7), np.float32)), dict(format=1))
+    write_model(Path(path).parent, small_graph(EMOTIONS, weights=np.zeros((2304, 7), np.float32)), dict(format=1))
 
 def _table(path):
     from fer_nbdev.video import Frame, _open_table
@@ -209,14 +209,14 @@ def test_a_folder_is_the_old_model_or_the_new_one_at_every_step(tmp_path, monkey
     pytest.importorskip("torch")
     pytest.importorskip("onnx")
     from _models import small_graph
-    from fer_nbdev import export
+    from fer_nbdev.cards import write_model
     from fer_nbdev.classify import FaceClassifier
     from fer_nbdev.core import EMOTIONS
     face, out = np.full((1, 48, 48), 99, np.uint8), tmp_path / "model"
     def write(version):
         weights = np.zeros((2304, 7), np.float32)
         weights[:, version] = 1
-        export._write_folder(out, small_graph(EMOTIONS, weights=weights), dict(format=1, name="m", classes=list(EMOTIONS), img_size=48, version=version))
+        write_model(out, small_graph(EMOTIONS, weights=weights), dict(format=1, name="m", classes=list(EMOTIONS), img_size=48, version=version))
     class Stop(BaseException): pass
     replace, seen = os.replace, []
     for step in range(4):
