@@ -105,6 +105,12 @@ def versions(packages=PACKAGES):
     return found
 
 
+def earlier(name):
+    "What an earlier call reported, with empty results where there was none: for what grows over several calls or machines."
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"results": {}}
+
+
 def report(name, results, **context):
     """Write `bench/results/NAME.json` whole or not at all, print it, and return its path.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import _report
 import numpy as np
-from _report import report
+from _report import earlier, report
 
 EPOCHS, SEEDS = 16, (0, 1, 2)
 BASE = "base"
@@ -91,12 +91,6 @@ def read_variant(folder):
         **{k: about[k] for k in ("hardware", "commit", "date")}}
 
 
-def earlier(out):
-    "Run name -> figures that an earlier call left in the folder of results."
-    path = out / "ablation.json"
-    return json.loads(path.read_text(encoding="utf-8"))["results"]["runs"] if path.exists() else {}
-
-
 def collect(runs, before):
     "Run name -> figures: of the finished runs in `runs`, and of those that only an earlier result knows."
     found = {name: read_variant(folder_of(runs, name)) or before.get(name) for name in jobs()}
@@ -163,7 +157,7 @@ def main():
             if {group, variant} & set(args.train) and faces is not None:
                 print(name, file=sys.stderr)
                 train_variant(folder_of(args.runs, name), settings, faces, args.epochs)
-    found = collect(args.runs, earlier(args.out))
+    found = collect(args.runs, earlier("ablation")["results"].get("runs", {}))
     base, rows = summarise(found)
     args.out.mkdir(parents=True, exist_ok=True)
     planned = sum(map(len, VARIANTS.values()))

@@ -24,7 +24,7 @@ from pathlib import Path
 import _report
 import clean
 import numpy as np
-from _report import report
+from _report import earlier, report
 
 EPOCHS, SEEDS = 42, (0, 1, 2)
 SPLITS = clean.SPLITS
@@ -133,15 +133,6 @@ def difference(compared):
     return {"accuracy": compared["difference"]["accuracy"], "interval": compared["intervals"]["accuracy"], "p_value": compared["p_value"]}
 
 
-def earlier(out):
-    "What an earlier call left: (version, seed) -> run, and seed -> differences."
-    path = out / "leakage.json"
-    if not path.exists():
-        return {}, {}
-    results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {(r["version"], r["seed"]): r for r in results["runs"]}, {int(k): v for k, v in results["differences"].items()}
-
-
 def answer_of(found):
     "What the runs say, over their seeds."
     def points(version, part):
@@ -172,7 +163,8 @@ def parse_args():
 def write(args, table, near, exact):
     "Collect all runs there are, and write what they say."
     parts = {split: parts_of(split, near, exact) for split in SPLITS}
-    found, lost = earlier(args.out)
+    before = earlier("leakage")["results"]
+    found, lost = {(r["version"], r["seed"]): r for r in before.get("runs", ())}, {int(k): v for k, v in before.get("differences", {}).items()}
     for seed in args.seeds:
         for version in VERSIONS:
             if run := read_run(folder_of(args.runs, version, seed), parts, table.emotion):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import _report
 import numpy as np
-from _report import report
+from _report import earlier, report
 
 # network: (system, what it claims, the claimed accuracy to be reached, where that accuracy is measured)
 CLAIMS = dict(
@@ -82,10 +82,10 @@ def read_run(folder):
             "class_f1": class_f1(card["scores"].values()), "scores": {usage: {k: s[k] for k in keys} for usage, s in card["scores"].items()}}
 
 
-def collect(runs, before):
+def collect(runs):
     "{run: what it wrote}: of the runs in `runs`, and of those that only the rows of an earlier result know."
     found = {}
-    for r in before:
+    for r in earlier("recipes")["results"].get("rows", ()):
         found |= {f"{kind}/{r['network']}": r[kind] for kind in KINDS} | {f"own/{r['network']}~{setting}": run for setting, run in r.get("tried", {}).items()}
     found |= {name: run for name in RUNS if (run := read_run(runs / name))}
     return {name: run for name, run in found.items() if run}
@@ -141,15 +141,9 @@ def parse_args():
     return args
 
 
-def earlier(out):
-    "The rows that an earlier call left in the folder of results."
-    path = out / "recipes.json"
-    return json.loads(path.read_text(encoding="utf-8"))["results"]["rows"] if path.exists() else []
-
-
 def write(args):
     "Collect all runs there are, and write the table."
-    found = collect(args.runs, earlier(args.out))
+    found = collect(args.runs)
     rows = [row(name, found) for name in CLAIMS]
     report("recipes", {"rows": rows}, question="Do the networks of five older systems reach their claims here, and what does our recipe make of them?",
            answer=answer(rows), command="python bench/recipes.py --runs runs --data fer2013.csv --train")
@@ -161,7 +155,7 @@ def main():
     if args.train is not None:
         from fer_nbdev.data import read_fer2013
         table = read_fer2013(args.data)
-        for run in args.train or [r for r in RUNS if r not in collect(args.runs, earlier(args.out))]:
+        for run in args.train or [r for r in RUNS if r not in collect(args.runs)]:
             print(run, file=sys.stderr)
             train_run(args.runs / run, *run.split("/"), table)
             write(args)

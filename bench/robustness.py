@@ -8,7 +8,6 @@ Deterministic by --seed. One core needs a few minutes for a model of two millise
 """
 import argparse
 import datetime
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 import _report
-from _report import measure, report
+from _report import earlier, measure, report
 
 EXAMPLES = """examples:
   python bench/robustness.py --data fer2013.csv --ferplus fer2013new.csv    the measurement
@@ -63,14 +62,13 @@ def by_agreement(robustness, ferplus):
     return records(clean.reset_index()), records(mean.reset_index())
 
 
-def earlier(args, data):
-    "Results of an earlier run on the same data, or empty ones."
-    file = args.out / "robustness.json"
-    if not args.add or not file.exists():
+def begin(args, data):
+    "Results to add to: those of an earlier run on the same data, or empty ones."
+    record = earlier("robustness")
+    if not args.add or not record["results"]:
         return {"rows": [], "agreement": {}, "agreement_damaged": {}, "measured": {}}
-    record = json.loads(file.read_text(encoding="utf-8"))
     if record["data"] != data or record["seed"] != args.seed:
-        raise SystemExit(f"{file} is of {record['data']} and seed {record['seed']}: run without --add")
+        raise SystemExit(f"robustness.json is of {record['data']} and seed {record['seed']}: run without --add")
     return record["results"]
 
 
@@ -87,7 +85,7 @@ def main():
         ferplus = replace(ferplus, usage=table.usage)
     n_faces = int((table.usage == "PrivateTest").sum())
     data = {"source": Path(table.source).name if args.data else "drawn faces", "faces": n_faces, "ferplus": args.ferplus.name if args.ferplus else None}
-    found = earlier(args, data)
+    found = begin(args, data)
     for model in args.models or bundled_models():
         got = []
         seconds = measure(lambda: got.append(evaluate_robustness(model, table, seed=args.seed, threads=args.threads)), 1)[0]

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 import _report
-from _report import ROOT, report
+from _report import ROOT, earlier, report
 from detect import paste
 
 FPS, WIDTH, HEIGHT, EVERY, COVERED = 25, 640, 360, 3, 1 / 3
@@ -424,8 +424,7 @@ def main():
     tracking = track(films, (["YuNet"] if yunet else []) + ["made detector"])
     middle = between(films[:4], yunet) if yunet else {}
     steady = smoothing(faces[:800], Predictor("accurate"), args.minutes, np.random.default_rng(1))
-    old = _report.RESULTS / "tracking.json"
-    install = install_cost() if args.install else json.loads(old.read_text())["results"]["install"] if old.exists() else {}
+    install = install_cost() if args.install else earlier("tracking")["results"].get("install", {})
     ours, plain = (next(iter(tracking.values()))[n] for n in ("FaceTracker and CutDetector", "plain IoU"))
     report("tracking", {"tracking": tracking, "cuts": count_cuts(list(zip(films, cuts))), "between": middle, "smoothing": steady, "install": install},
            question="Does a face keep its number in a video?",
