@@ -222,12 +222,16 @@ def test_readme_quotes_the_cards_of_the_bundled_models(card):
         assert figure in row, f"{card['name']}: {figure} of card.json is not in README: run the front page again"
 
 
-def test_readme_quotes_the_benchmarks():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_pages_quote_the_benchmarks():
+    "All of them on the page of measurements, and some on the front page."
+    cells = json.loads((NBS / "tutorials" / "measurements.ipynb").read_text(encoding="utf-8"))["cells"]
+    page = "".join("".join(o["data"].get("text/markdown", "")) for c in cells for o in c.get("outputs", ()))
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "bench" / "results").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         if "answer" in record:
-            assert record["answer"] in readme, f"{name_of(path)} says something else: run the front page again"
+            assert record["answer"] in page, f"{name_of(path)} says something else: run the page of measurements again"
+            assert record["question"] not in front or record["answer"] in front, f"{name_of(path)} says something else: run the front page again"
 
 
 def test_no_figure_is_typed_into_the_front_page():
