@@ -210,7 +210,10 @@ def plot_trials(
             if k in t.params: ax.plot(t.params[k], t.value, "o" if t.state.name == "COMPLETE" else "x", color=color, ms=5)
     for ax, k in zip(axs, ["epoch", *fields]):
         ax.set_xlabel(k); ax.spines[["top", "right"]].set_visible(False)
-        if any(getattr(t.distributions.get(k), "log", False) for t in trials): ax.set_xscale("log")
+        if any(getattr(t.distributions.get(k), "log", False) for t in trials):
+            tried = [t.params[k] for t in trials if k in t.params]
+            ticks = min(tried), (min(tried)*max(tried))**.5, max(tried)
+            ax.set_xscale("log"); ax.minorticks_off(); ax.set_xticks(ticks, [f"{v:.2g}" for v in ticks])
     axs[0].set_ylabel("score"); axs[0].xaxis.get_major_locator().set_params(integer=True)
     return axs
 
