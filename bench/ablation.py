@@ -34,14 +34,15 @@ VARIANTS = {
                      "no dropout": ["arch_args.dropout=0"], "dropout .3": ["arch_args.dropout=0.3"]},
     "augmentation": {"no augmentation": ["augment=null"], "flip alone": ["augment={p_flip: 0.5, p_affine: 0, p_light: 0, p_erase: 0}"], "no flip": ["augment.p_flip=0"],
                      "no shift": ["augment.shift=0"], "no rotation": ["augment.rotate=0"], "rotation 20": ["augment.rotate=20"], "no light": ["augment.p_light=0"],
-                     "no erasing": ["augment.p_erase=0"], "erasing .6": ["augment.p_erase=0.6"], "scale .2, shift .1": ["augment.scale=0.2", "augment.shift=0.1"]},
+                     "no erasing": ["augment.p_erase=0"], "erasing .6": ["augment.p_erase=0.6"], "scale .2, shift .1": ["augment.scale=0.2", "augment.shift=0.1"],
+                     "windows of 40 pixels": ["augment.crop=0.83"], "windows of 44 pixels": ["augment.crop=0.92"]},
     "mixing": {"mixup .2": ["mixup=0.2"], "cutmix 1": ["cutmix=1"]},
     "loss": {"no smoothing": ["label_smoothing=0"], "smoothing .2": ["label_smoothing=0.2"], "no class weights": ["class_weights=null"],
              "inverse class weights": ["class_weights=inverse"], "focal": ["loss=focal", "label_smoothing=0"]},
     "targets": {"label alone": FREE, **{how: [f"soft_share={share}", *FREE] for how, share in VOTES.items()},
                 "taught by accurate": ["teachers=[accurate]", *FREE], "half taught by accurate": ["teachers=[accurate]", "soft_share=0.5", *FREE]},
     "optimiser": {"peak .04": ["lr=0.04"], "peak .16": ["lr=0.16"], "decay 1e-4": ["wd=1e-4"], "decay 2e-3": ["wd=2e-3"], "AdamW 2e-3": ["optimizer=adamw", "lr=2e-3", "wd=0.05"],
-                  "batch 64": ["bs=64"], "batch 256": ["bs=256"], "no averaged weights": ["ema=0"], "cosine": ["schedule=cosine"]},
+                  "batch 64": ["bs=64"], "batch 256": ["bs=256"], "no averaged weights": ["ema=0"], "cosine": ["schedule=cosine"], "sharpness-aware .05": ["sam=0.05"]},
     "epochs": {"8 epochs": ["epochs=8"], "32 epochs": ["epochs=32"], "64 epochs": ["epochs=64"]}}
 EXAMPLES = """examples:
   python bench/ablation.py --runs runs/ablation                                                       collect what is there

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLINGS', 'FER2013_STATS', 'FaceRow', 'table_rows', 'row_pixels', 'row_emotion', 'TensorFace', 'PILFace',
-           'FERSplitter', 'TensorSoftCategory', 'FERLoader', 'Augment', 'random_affine', 'random_light', 'random_erase',
-           'AugmentBatch', 'fer_datablock', 'fer_dls', 'table_dl']
+           'FERSplitter', 'TensorSoftCategory', 'FERLoader', 'Augment', 'random_affine', 'random_window',
+           'random_light', 'random_erase', 'AugmentBatch', 'fer_datablock', 'fer_dls', 'table_dl']
 
 # %% ../nbs/02_loaders.ipynb #eb728974
 from dataclasses import dataclass, fields
@@ -216,12 +216,13 @@ def _pre_show_batch(self: FERLoader, b, max_n=9):
 # %% ../nbs/02_loaders.ipynb #771d9817
 @dataclass(frozen=True)
 class Augment:
-    "Probabilities and ranges of the random changes to a training face. Zero switches one off."
+    "Probabilities and ranges of the random changes to a training face. Zero switches one off; of `crop` it is 1."
     p_flip: float = .5  # mirror left and right
     p_affine: float = 1.  # apply rotation, shift and scale
     rotate: float = 15.  # degrees, drawn from ±rotate
     shift: float = .08  # fraction of the side, drawn from ±shift in both directions
     scale: float = .12  # zoom, drawn from 1±scale
+    crop: float = 1.  # side of a random window, as a fraction of the face's: all that training sees of it
     p_light: float = .75  # apply brightness and contrast
     brightness: float = .15  # added, as a fraction of the range from black to white
     contrast: float = .3  # factor, drawn from 1±contrast
@@ -234,6 +235,7 @@ class Augment:
             low, high = v if f.name == "erase" else (v, v)
             limit = 180 if f.name == "rotate" else 1
             if not 0 <= low <= high <= limit: raise ValueError(f"{f.name}={v!r}: expected {'two increasing numbers' if f.name == 'erase' else 'a number'} between 0 and {limit}")
+        if self.crop < .1: raise ValueError(f"crop={self.crop!r}: expected a number between 0.1 and 1, which is the whole face")
         object.__setattr__(self, "erase", tuple(self.erase))
 
 # %% ../nbs/02_loaders.ipynb #b190db48
@@ -255,6 +257,14 @@ def random_affine(
     return torch.stack([torch.stack([cos*flip, -sin, dx], 1), torch.stack([sin*flip, cos, dy], 1)], 1)
 
 # %% ../nbs/02_loaders.ipynb #3999a51a
+def random_window(
+    maps: torch.Tensor,  # [n, 2, 3], of `random_affine`
+    part: float,  # side of the window, as a fraction of the face's
+) -> torch.Tensor:
+    "The same maps for a window of each face, at a random place inside it."
+    at = _uniform(2*len(maps), 1 - part, maps.device).view(-1, 2, 1)
+    return torch.cat([maps[..., :2]*part, maps[..., 2:] + maps[..., :2] @ at], 2)
+
 def random_light(
     x: torch.Tensor,  # float [n, 1, h, w] in 0..1
     a: Augment,  # probabilities and ranges
@@ -293,7 +303,10 @@ class AugmentBatch(DisplayedTransform):
 
     def encodes(self, x: TensorFace):
         a, b = self.augment, x.as_subclass(torch.Tensor)
-        grid = F.affine_grid(random_affine(len(b), a, b.device), list(b.shape), align_corners=False)
+        maps, (n, c, h, w) = random_affine(len(b), a, b.device), b.shape
+        side = round(a.crop*h)
+        if side < h: maps = random_window(maps, side/h)
+        grid = F.affine_grid(maps, [n, c, side, round(a.crop*w)], align_corners=False)
         b = F.grid_sample(b, grid, mode="bilinear", padding_mode="border", align_corners=False)
         if a.p_light: b = random_light(b, a)
         if a.p_erase: b = random_erase(b, a)

@@ -66,6 +66,7 @@ class Recipe(Task):
     momentum: float = .9
     wd: float = 5e-4  # weight decay; norm layers and biases have none
     clip: float | None = None  # largest norm of the gradient
+    sam: float = 0.  # step to the worst weights near by, see `SAM`; 0 switches it off
     schedule: str = "one_cycle"  # a name of `SCHEDULES`
     pct_start: float = .25  # share of the run in which the learning rate rises
     schedule_args: dict = field(default_factory=dict)  # factor, patience and min_lr of plateau; decay of inverse, per step

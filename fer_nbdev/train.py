@@ -32,7 +32,7 @@ from fastcore.foundation import L
 from sklearn.metrics import f1_score, precision_score, recall_score
 from sklearn.model_selection import StratifiedKFold
 
-from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
+from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
 from .core import write_whole
 from .data import FER2013, draw_per_class, select_classes
 from .distill import Distill, describe_teachers, open_teachers
@@ -121,10 +121,21 @@ def _recipe_cbs(recipe, model, device):
     if recipe.mixup: cbs.append(MixUp(float(recipe.mixup)))
     if recipe.cutmix: cbs.append(CutMix(float(recipe.cutmix)))  # torch draws from Beta(1., 1.), not from Beta(1, 1)
     if recipe.clip: cbs.append(GradientClip(recipe.clip))
+    if recipe.sam: cbs.append(SAM(recipe.sam))
     if recipe.teachers: cbs.append(Distill(open_teachers(recipe.teachers, device), recipe.soft_share))
     head = {id(p) for p in head_parameters(model)}
     if recipe.freeze_epochs: cbs.append(Freeze(recipe.freeze_epochs, [p for p in model.parameters() if id(p) not in head]))
     return cbs
+
+def _check_window(model, recipe):
+    "Raise ValueError where a network takes whole faces only, and the recipe trains on windows of them."
+    crop = (recipe.augment or {}).get("crop", 1)
+    side = round(48*crop)
+    if side == 48: return
+    try:
+        with torch.no_grad(): model.eval()(torch.zeros(1, 1, side, side))
+        model.train()
+    except RuntimeError: raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set it to 1, or choose a network with a mean over its last maps, such as se_resnet") from None
 
 def fer_learner(
     dls: DataLoaders,  # of `fer_dls`
@@ -141,6 +152,7 @@ def fer_learner(
     counts = np.bincount(dls.train.stacked[1].cpu(), minlength=dls.c)
     weight = class_weights(counts, recipe.class_weights) if recipe.class_weights else None
     loss = create_loss(weight, recipe.label_smoothing, dls.device, recipe.loss, recipe.gamma)
+    _check_window(model, recipe)
     return FERLearner(dls, model, loss, _create_optimizer(recipe), lr=recipe.lr, splitter=decay_groups if recipe.lr_mult == 1 else depth_groups,
                       wd_bn_bias=True, metrics=_metrics(), cbs=_recipe_cbs(recipe, model, dls.device) + L(kwargs.pop("cbs", None)), **kwargs)
 
