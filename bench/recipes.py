@@ -124,6 +124,8 @@ def answer(rows):
     text = f"of {len(done)} networks trained by their own protocol {sum(not r['misses_by'] for r in done)} reach their claim"
     if len(done) < len(rows):
         text += f" ({len(rows) - len(done)} are not trained yet)"
+    if short := [f"{r['network']} with {', '.join(r['shorter'])}" for r in done if r["shorter"]]:
+        text += f" ({'; '.join(short)}, for the sake of time)"
     seven = [f"{r['network']} {r['ours_accuracy']:.1%}" for r in rows if r["ours"]]
     return text + (f"; on PrivateTest our recipe makes of them: {', '.join(seven)}" if seven else "")
 
