@@ -109,6 +109,17 @@ def schedule_cbs(
     if frozen: schedule = combine_scheds([frozen/(frozen + n), n/(frozen + n)], [combined_cos(.99, lr/25, lr, lr/1e5), schedule])
     return [ParamScheduler(dict(lr=schedule))]
 
+# %% ../nbs/05_train.ipynb #a1c0de21
+def _check_window(model, recipe):
+    "Raise ValueError where a network takes whole faces only, and the recipe trains on windows of them."
+    crop = (recipe.augment or {}).get("crop", 1)
+    side = round(48*crop)
+    if side == 48: return
+    try:
+        with torch.no_grad(): model.eval()(torch.zeros(1, 1, side, side))
+        model.train()
+    except RuntimeError: raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set it to 1, or choose a network with a mean over its last maps, such as se_resnet") from None
+
 # %% ../nbs/05_train.ipynb #a6f9ddef
 def _metrics():
     "Accuracy, and macro means of F1, precision and recall."
@@ -127,16 +138,6 @@ def _recipe_cbs(recipe, model, device):
     if recipe.freeze_epochs: cbs.append(Freeze(recipe.freeze_epochs, [p for p in model.parameters() if id(p) not in head]))
     return cbs
 
-def _check_window(model, recipe):
-    "Raise ValueError where a network takes whole faces only, and the recipe trains on windows of them."
-    crop = (recipe.augment or {}).get("crop", 1)
-    side = round(48*crop)
-    if side == 48: return
-    try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, 1, side, side))
-        model.train()
-    except RuntimeError: raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set it to 1, or choose a network with a mean over its last maps, such as se_resnet") from None
-
 def fer_learner(
     dls: DataLoaders,  # of `fer_dls`
     recipe: Recipe = Recipe(),  # network, loss, optimiser, precision, seed
@@ -144,7 +145,8 @@ def fer_learner(
 ) -> FERLearner:
     """A learner for `dls` with the network, loss, optimiser and precision of a recipe; its weights are drawn from the recipe's seed.
 
-    Raises `ValueError` where a recipe with teachers meets faces with votes, and where one that shares the target between label and votes or teachers has neither."""
+    Raises `ValueError` where a recipe with teachers meets faces with votes, where one that shares the target between label and votes or teachers has neither,
+    and where the network cannot take the windows that a recipe trains on."""
     if recipe.teachers and dls.train.soft is not None: raise ValueError("votes and teachers are both soft targets: train with one of them")
     if recipe.soft_share < 1 and not recipe.teachers and dls.train.soft is None: raise ValueError(f"soft_share={recipe.soft_share}, and there is nothing beside the labels: give votes or teachers, or set soft_share=1")
     set_seed(recipe.seed)
