@@ -92,8 +92,9 @@ def read_variant(folder):
         **{k: about[k] for k in ("hardware", "commit", "date")}}
 
 
-def collect(runs, before):
+def collect(runs):
     "Run name -> figures: of the finished runs in `runs`, and of those that only an earlier result knows."
+    before = earlier("ablation")["results"].get("runs", {})
     found = {name: read_variant(folder_of(runs, name)) or before.get(name) for name in jobs()}
     return {name: figures for name, figures in found.items() if figures}
 
@@ -158,7 +159,7 @@ def main():
             if {group, variant} & set(args.train) and faces is not None:
                 print(name, file=sys.stderr)
                 train_variant(folder_of(args.runs, name), settings, faces, args.epochs)
-    found = collect(args.runs, earlier("ablation")["results"].get("runs", {}))
+    found = collect(args.runs)
     base, rows = summarise(found)
     args.out.mkdir(parents=True, exist_ok=True)
     planned = sum(map(len, VARIANTS.values()))

@@ -68,12 +68,13 @@ def without_se(model):
 def float_graphs(run):
     "name -> (float32 graph, mean and standard deviation known to it, is it trained)."
     import torch
+    from fer_nbdev.cards import weights_folder
     from fer_nbdev.export import ExportedModel, create_onnx
     from fer_nbdev.models import create_model
     from fer_nbdev.recipe import read_recipe
     from fer_nbdev.train import load_run
-    weights, found = Path(_report.ROOT) / "fer_nbdev" / "weights", {}
-    for folder in sorted(p.parent for p in weights.glob("*/card.json")):
+    found = {}
+    for folder in sorted(p.parent for p in weights_folder().glob("*/card.json")):
         if run and folder.name == "accurate":
             found[folder.name] = create_onnx(ExportedModel(load_run(run), stats=read_recipe(run / "recipe.yaml").stats)), True
         else:

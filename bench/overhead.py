@@ -145,8 +145,8 @@ def parse_args():
 def main():
     args = parse_args()
     _report.RESULTS = args.out
-    from fer_nbdev.cards import bundled_models
-    cards, weights = bundled_models(), _report.ROOT / "fer_nbdev" / "weights"
+    from fer_nbdev.cards import bundled_models, weights_folder
+    cards, weights = bundled_models(), weights_folder()
     seconds, rounds = (.02, 3) if args.quick else (.5, 9)
     with on_cores(1), tempfile.TemporaryDirectory() as tmp:
         added = {name: overhead(model, seconds, rounds) for name, model in {"one small matrix": tiny_model(Path(tmp) / "tiny"), **{n: n for n in cards}}.items()}

@@ -368,7 +368,6 @@ def _score_splits(predict_faces, table, img_size, known):
     parts = {usage: _part(table, usage, img_size) for usage in ("PublicTest", "PrivateTest")}
     return {usage: score(known[usage] if usage in known else predict_faces(part.pixels), part.emotion, table.classes) for usage, part in parts.items() if len(part)}
 
-
 # %% ../nbs/08_export.ipynb #e137b06e
 def export_model(
     model: nn.Module,  # normalised float [n, 1, img_size, img_size], or [n, 3, ...], to logits [n, k]

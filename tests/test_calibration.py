@@ -1,7 +1,5 @@
 """Probabilities that are made true: a planted fault is found, chance is not, the fit is the minimum that it claims, and every graph gives what the formula says."""
 import json
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +7,12 @@ from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
 from fer_nbdev.calibrate import Calibration, calibrate_graph, fit_calibration
+from fer_nbdev.cards import weights_folder
 from fer_nbdev.data import synthetic_faces
 from fer_nbdev.evaluate import calibration_error, score
 from fer_nbdev.inference import Predictor
 
-WEIGHTS = Path(str(resources.files("fer_nbdev"))) / "weights"
+WEIGHTS = weights_folder()
 
 
 def answers(n=4000, k=7, seed=0):

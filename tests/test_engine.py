@@ -6,8 +6,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 
+from fer_nbdev.cards import weights_folder
 from fer_nbdev.core import EMOTIONS
 from fer_nbdev.data import FER2013, synthetic_faces
 from fer_nbdev.distill import describe_teachers
@@ -25,7 +24,7 @@ from fer_nbdev.losses import LOSSES
 from fer_nbdev.recipe import MONITORS, OPTIMIZERS, SCHEDULES, list_recipes, read_recipe
 from fer_nbdev.train import TrimMemory, fer_learner, group_lrs, load_run, prepare_table, train
 
-WEIGHTS = Path(str(resources.files("fer_nbdev"))) / "weights"
+WEIGHTS = weights_folder()
 SHORT = read_recipe("synthetic").set(["epochs=3", "lr=.003", "precision=fp32", "bs=32"])
 
 
