@@ -113,6 +113,12 @@ def _conv_block(n_in, widths, norm, padding, dropout):
 def _dense(n_in, n_out, norm, dropout):
     return nn.Sequential(nn.Linear(n_in, n_out, bias=not norm), *[nn.BatchNorm1d(n_out)]*norm, nn.ReLU(inplace=True), nn.Dropout(dropout))
 
+def _glorot(layer):
+    "Draw a layer's weights as Keras does: uniform, with variance 2/(inputs + outputs), and biases of zero (Glorot and Bengio 2010)."
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)): return
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None: nn.init.zeros_(layer.bias)
+
 class ConvNet(nn.Module):
     "Blocks of 3x3 convolutions and pools, then fully connected layers."
     def __init__(self,
@@ -125,7 +131,9 @@ class ConvNet(nn.Module):
         head_dropout: tuple = (.5,),  # after each of them, or before the classifier where there is none
         norm: bool = True,  # batch norm after every convolution and hidden layer
         padding: int = 1,  # 0 lets every convolution cut a border of one pixel
+        init: str | None = None,  # "glorot" starts from weights as Keras draws them, None from PyTorch's
     ):
+        if init not in (None, "glorot"): raise ValueError(f"init={init!r}: expected glorot or null")
         super().__init__()
         widths, side = [n_in, *(b[-1] for b in blocks)], img_size
         self.blocks = nn.Sequential(*[_conv_block(n, b, norm, padding, d) for n, b, d in zip(widths[:-1], blocks, dropout, strict=True)])
@@ -134,6 +142,7 @@ class ConvNet(nn.Module):
         head = [nn.Flatten()] if hidden else [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(head_dropout[0])]
         for i, w in enumerate(hidden): head.append(_dense(n, w, norm, head_dropout[i])); n = w
         self.head = nn.Sequential(*head, nn.Linear(n, n_classes))
+        if init: self.apply(_glorot)
 
     def forward(self, x): return self.head(self.blocks(x))
 
