@@ -254,9 +254,12 @@ def require(
         raise ImportError(f'{top} {problem}; it comes with: pip install "fer_nbdev[{extra}]"', name=top) from e
 
 # %% ../nbs/00_core.ipynb #b4a207e2
+_importing_cv2 = threading.Lock()
+
 def import_cv2(): # the module `cv2`
-    "Import OpenCV on first use, or raise an `ImportError` that says which system packages to install"
-    try: import cv2
+    "Import OpenCV on first use, by one thread at a time, or raise an `ImportError` that says which system packages to install"
+    try:
+        with _importing_cv2: import cv2
     except ImportError as e:
         if '.so' in str(e) or 'DLL' in str(e):
             raise ImportError(f'OpenCV is installed but a system library is missing ({e}). On Debian and Ubuntu: '
