@@ -8,6 +8,7 @@ __all__ = ['app', 'main', 'find_images', 'predict', 'video', 'webcam', 'serve', 
 
 # %% ../nbs/14_cli.ipynb #b1e67778
 import csv, glob, io, json, os, sys, warnings
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -17,14 +18,15 @@ from .core import read_image, require, sample_portrait, write_whole
 from .data import IMAGE_SUFFIXES
 
 # %% ../nbs/14_cli.ipynb #c970b158
-app = typer.Typer(name="fer", help="Facial emotion recognition: predict, video, prepare, train, evaluate, export. `fer COMMAND --help` shows examples.",
+app = typer.Typer(name="fer", help="Facial emotion recognition in photos and videos. `fer COMMAND --help` shows examples.",
                   rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]))
 
 class _Errors(typer.core.TyperGroup):
     "Print the errors that say what to do as one line, without a traceback."
     def invoke(self, ctx):
         try: return super().invoke(ctx)
-        except (ValueError, FileNotFoundError, ImportError, PermissionError) as e:
+        except BrokenPipeError: raise  # `fer predict ... | head`: whoever reads has enough
+        except (ValueError, ImportError, OSError) as e:
             print(f"fer: {e}", file=sys.stderr)
             raise typer.Exit(2) from None
 
@@ -33,6 +35,8 @@ app.info.cls = _Errors
 def main():
     "Entry point of the `fer` command."
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # fastai uses it
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     app()
 
 def _show_version(on: bool):
@@ -75,19 +79,26 @@ def _csv_faces(image, preds):
     from fer_nbdev.inference import _csv_rows
     return _csv_lines(_csv_rows(image, preds))
 
+def _shown(text, instead):
+    "A text, or what stands for it where standard output cannot carry it."
+    try: text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError: return instead
+    return text
+
 def _bars(image, preds):
     "All faces of one image with a bar for every probability."
-    lines = [f"{image}: {'no face found' if not preds else '1 face' if len(preds) == 1 else f'{len(preds)} faces'}"]
+    lines, bar = [f"{image}: {'no face found' if not preds else '1 face' if len(preds) == 1 else f'{len(preds)} faces'}"], _shown("█", "#")
     for p in preds:
         lines.append(f"  {p.emotion} {p.confidence:.0%}" + (f"   box {','.join(map(str, p.box))}" if p.box else ""))
-        lines += [f"    {e:9}{'█'*round(30*v):30} {v:4.0%}" for e, v in p.probs.items()]
+        lines += [f"    {e:9}{bar*round(30*v):30} {v:4.0%}" for e, v in p.probs.items()]
     return "\n".join(lines)
 
 def _table(results):
     "A table with one row a face, for several images."
+    from rich.markup import escape
     from rich.table import Table
     table = Table("image", "box", "emotion", "confidence", "then")
-    for image, preds in results:
+    for image, preds in ((escape(image), preds) for image, preds in results):
         if not preds: table.add_row(image, "", "no face found", "", "")
         for p in preds:
             second, v = p.top_k(2)[1]
@@ -121,24 +132,23 @@ def _annotate(out, picture, name, preds):
     with write_whole(out/f"{name}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
 
 def _names(images):
-    "A different file stem for every image."
-    seen, names = {}, []
+    "A different file stem for every image, also where capitals and small letters are the same."
+    taken, names = set(), []
     for image in images:
         stem = "stdin" if image == "-" else Path(image).stem
-        n = seen[stem] = seen.get(stem, 0) + 1
-        names.append(stem if n == 1 else f"{stem}-{n}")
+        names.append(next(name for name in chain([stem], (f"{stem}-{n}" for n in count(2))) if name.casefold() not in taken))
+        taken.add(names[-1].casefold())
     return names
 
 # %% ../nbs/14_cli.ipynb #1b4cc02d
 def _stages(predictor, source):
-    "Milliseconds of reading, detecting and classifying one image, and its faces."
+    "Milliseconds of reading one image, of finding and cutting out its faces, and of classifying them; and the number of faces."
     from time import perf_counter
-    from fer_nbdev.detect import detect_faces
     t = [perf_counter()]
     image = read_image(source); t.append(perf_counter())
-    boxes = detect_faces(image, predictor.detector); t.append(perf_counter())
-    predictor.predict(image, boxes); t.append(perf_counter())
-    return [1000*(b - a) for a, b in zip(t, t[1:])], len(boxes)
+    look = predictor._look(image); t.append(perf_counter())
+    preds, = predictor._answer([look]); t.append(perf_counter())
+    return [1000*(b - a) for a, b in zip(t, t[1:])], len(preds)
 
 def _print_latency(predictor, sources, at_most=20):
     "The median of each step over the first images, after one that does not count."
@@ -146,7 +156,7 @@ def _print_latency(predictor, sources, at_most=20):
     _stages(predictor, sources[0])
     stages, faces = zip(*(_stages(predictor, source) for source in (sources*5)[:max(5, min(len(sources), at_most))]))
     read, detect, classify = (median(ms) for ms in zip(*stages))
-    print(f"latency: {read + detect + classify:.1f} ms an image = read {read:.1f} + detect {detect:.1f} + cut out and classify {classify:.1f}; "
+    print(f"latency: {read + detect + classify:.1f} ms an image = read {read:.1f} + find and cut out faces {detect:.1f} + classify {classify:.1f}; "
           f"{sum(faces)/len(faces):.1f} faces an image; medians of {len(faces)}", file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #fe609296
@@ -255,7 +265,7 @@ def predict(
 # %% ../nbs/14_cli.ipynb #89831f2c
 _Model = Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.")]
 _Detector = Annotated[str, typer.Option(help="auto, haar, yunet, or the path of a YuNet model.")]
-_Every = Annotated[int, typer.Option(min=1, help="Look for faces in every so manieth frame; in between they are followed.")]
+_Every = Annotated[int, typer.Option(min=1, help="Look for faces in every Nth frame; in between they are followed.")]
 _Smoothing = Annotated[float, typer.Option(min=0, help="Time constant of the smoothing, in seconds; 0 for none.")]
 _MinConfidence = Annotated[float, typer.Option(min=0, max=1, help="Below this probability the label is: uncertain.")]
 _Out = Annotated[Path | None, typer.Option(help="Annotated video to write: .mp4, .mov, .mkv or .avi. With sound where there is an ffmpeg.")]
@@ -278,12 +288,13 @@ def _video_progress(reader):
     "A bar on stderr where that is a terminal: a context manager that gives what is called with each frame, or None"
     from contextlib import contextmanager, nullcontext
     if not sys.stderr.isatty(): return nullcontext()
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     @contextmanager
     def bar():
         with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[speed]}"), console=_console(err=True)) as progress:
-            task = progress.add_task(reader.name, total=reader.duration, speed="")
+            task = progress.add_task(escape(reader.name), total=reader.duration, speed="")
             def advance(frame):
                 progress.update(task, completed=frame.time - reader.start, speed=f"{frame.time:.1f} s, {len(frame.preds)} faces")
             yield advance
@@ -345,7 +356,7 @@ def serve(
     lines = token_file.read_text(encoding="utf-8").splitlines() if token_file else os.environ.get("FER_TOKENS", "").split(",")
     tokens = [line.strip() for line in lines if line.strip()]
     if token_file and not tokens: raise ValueError(f"{str(token_file)!r} holds no token: expected one a line")
-    application = create_app(model or None, limits=Limits(queue=max_queue, body_bytes=round(max_mb * 1e6)), tokens=tokens, cors=cors or (), workers=workers)
+    application = create_app(model or None, limits=Limits(queue=max_queue, body_bytes=round(max_mb*1e6), held_bytes=max(Limits.held_bytes, round(2*max_mb*1e6))), tokens=tokens, cors=cors or (), workers=workers)
     if page:
         from fer_nbdev.page import mount_page
         mount_page(application)

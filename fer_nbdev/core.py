@@ -227,13 +227,13 @@ def read_image(
     """Read any image as an upright RGB array.
 
     EXIF rotation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 0..255; of an animation
-    the first frame is taken (of an open PIL image the frame it stands at). A three-channel array is returned as it is, without a copy.
+    the first frame is taken (of an open PIL image the frame it stands at). A three-channel array is returned as it is, without a copy if it is contiguous.
     Arrays are RGB: what `cv2.imread` returns is BGR, so pass `image[..., ::-1]`.
 
     Raises `FileNotFoundError` for a missing file, and `ValueError` that names the source for folders, empty, damaged or oversized files,
     files that are not images, and arrays of another dtype or shape."""
     if isinstance(source, np.ndarray): return _check_array(source)
-    if isinstance(source, (str, os.PathLike)): return _read_file(os.fspath(source), max_pixels)
+    if isinstance(source, (str, os.PathLike)): return _read_file(os.path.expanduser(os.fspath(source)), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) == 0: raise ValueError('the image bytes are empty (0 bytes)')
         return _decode(io.BytesIO(source), max_pixels, f'the image ({len(source):,} bytes)')

@@ -81,7 +81,7 @@ YUNET_SHA256 = '8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4
 
 def _cache_folder():
     "`FER_CACHE`, or our part of the user's cache folder (where platformdirs would put it; the plain install does without that package)"
-    if os.environ.get('FER_CACHE'): return Path(os.environ['FER_CACHE'])
+    if os.environ.get('FER_CACHE'): return Path(os.environ['FER_CACHE']).expanduser()
     home = Path(os.path.expanduser('~'))
     if sys.platform == 'win32': folder = os.environ.get('LOCALAPPDATA') or home/'AppData/Local'
     elif sys.platform == 'darwin': folder = home/'Library/Caches'
@@ -95,7 +95,7 @@ def find_yunet() -> Path | None: # the model file, or None
 
     Raises `FileNotFoundError` where `FER_YUNET` names something else than a file."""
     named = os.environ.get('FER_YUNET')
-    path = Path(named) if named else _yunet_file()
+    path = Path(named).expanduser() if named else _yunet_file()
     if path.is_file(): return path
     if named: raise FileNotFoundError(f'the environment variable FER_YUNET names {named!r}, and there is no such file: '
                                       'correct it, or unset it and detect with "haar"')
@@ -248,11 +248,13 @@ def _tidy(found, eyes, image, factor=None, min_size=None):
     "Detector output -> boxes inside the image, largest first, and their eyes, NaN where they are not known"
     edges, keep = image.shape[1::-1] * 2, _distinct(found)
     found, eyes = found[keep], np.full((len(keep), 2, 2), np.nan) if eyes is None else np.asarray(eyes, float)[keep]
-    if factor is not None: # our own detectors: their squares, but not those too small or beyond the edge
-        found = _squares(found, factor)
-        inside = np.rint(np.clip(found, 0, edges))
-        fits = (found[:, 2] - found[:, 0] >= (min_size or 0)) & (inside[:, 2:] > inside[:, :2]).all(axis=1)
-        found, eyes = found[fits], eyes[fits]
+    ours = factor is not None # our own detectors: their squares, but not those too small
+    if ours: found = _squares(found, factor)
+    inside = np.rint(np.clip(found, 0, edges))
+    drop = (inside[:, 2:] <= inside[:, :2]).any(axis=1) # nothing of it is in the image
+    if ours: drop |= found[:, 2] - found[:, 0] < (min_size or 0)
+    else: drop &= (found[:, 2:] > found[:, :2]).all(axis=1) # a function's empty box is a mistake, which `check_boxes` names
+    found, eyes = found[~drop], eyes[~drop]
     boxes = check_boxes(np.clip(found, 0, edges), image)
     order = sorted(range(len(boxes)), key=lambda i: (-boxes[i].area, boxes[i]))
     return [boxes[i] for i in order], eyes[order]
@@ -291,7 +293,7 @@ def detect_faces(
     """Find the faces in an image. The boxes of Haar and YuNet are framed as FER2013's faces are, so that `crop_faces` needs no margin.
 
     Raises `ValueError` for an unknown detector, a file that is no YuNet model, settings out of range, and for a function that returns
-    something other than boxes; `FileNotFoundError` where YuNet's model is not there. Boxes of a function are cut off at the edges of the image."""
+    something other than boxes; `FileNotFoundError` where YuNet's model is not there. Boxes of a function are cut off at the edges of the image, and left out where nothing remains."""
     image = read_image(image)
     _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors)
     if callable(detector): (found, eyes), factor = _ask(detector, image), None

@@ -449,6 +449,7 @@ def quantize_model(
     predict_faces = open_graph(small)
     probs = _in_batches(predict_faces, faces)
     parity = check_report(parity_report(probs, open_graph(graph)(faces), emotion), "int8", limits)
+    card.pop("latency", None)  # it was measured with the other weights
     card |= dict(name=out.name, weights="int8", parity=dict(against=f"{card['name']} ({card.get('weights', 'float32')})", faces=usage) | parity) | about
     card["scores"] = _score_splits(predict_faces, table, card["img_size"], {usage: probs})
     return write_model(out, small, card)

@@ -38,7 +38,7 @@ class _FaceFinder(FaceClassifier):
         tta: bool = False, # average over ten views of each face: a little better, ten times the arithmetic
         detector: str | os.PathLike | Callable = "auto", # how to find faces, see `detect_faces`
         margin: float | None = None, # how much to add around a box, see `crop_faces`; default: its own, which fits the detectors
-        align: bool = False, # turn each face until its eyes lie level; for detectors that find eyes
+        align: bool = False, # turn each detected face until its eyes lie level; for detectors that find eyes. Own boxes have none
         min_confidence: float = 0., # below this probability the emotion is "uncertain"
     ):
         super().__init__(model, threads=threads, providers=providers, tta=tta)
@@ -54,6 +54,7 @@ class _FaceFinder(FaceClassifier):
         "An image, and boxes or None -> the boxes, and the crops of their faces by size"
         found = check_boxes(own, image, box_format) if own is not None else detect_faces(image, self.detector, return_eyes=self.align)
         boxes, eyes = found if isinstance(found, tuple) else (found, None)
+        if self.align and own is None and boxes and eyes is not None and np.isnan(eyes).all(): raise ValueError('align=True turns faces by their eyes, and this detector gives none: it has to return (boxes, eyes [n, 2, 2])')
         return boxes, {size: crop_faces(image, boxes, size, eyes=eyes, **self._crop) for size in {m.img_size for m in self._models}}
 
     def _answer(self, looks):
@@ -143,11 +144,12 @@ class Predictor(_FaceFinder):
 
     def plot(self,
         source, # a path, bytes, a PIL image, or a uint8 array (RGB or gray)
-        boxes=None, # the faces as (x0, y0, x1, y1), instead of detection
+        boxes=None, # the faces in pixels, instead of detection
+        box_format: str = "xyxy", # what the numbers of `boxes` are, "xyxy" or "xywh"
         **options, # what `plot_predictions` takes: `ax`, `bars`
     ): # the Axes of the image
         "Predict an image and draw the answer on it"
-        return plot_predictions(source, self.predict(source, boxes), **options)
+        return plot_predictions(source, self.predict(source, boxes, box_format), **options)
 
 # %% ../nbs/10_inference.ipynb #9927e3cd
 def predict(

@@ -100,8 +100,8 @@ class _Asked:
     options: Any # model, detector, tta, top_k
 
 def _decode64(text):
-    "Base64, or a data: URL -> bytes; None for what is neither"
-    try: return base64.b64decode(text.partition(',')[2] if text[:5] == 'data:' else text, validate=True)
+    "Base64, in lines or not, or a data: URL -> bytes; None for what is neither"
+    try: return base64.b64decode(''.join((text.partition(',')[2] if text[:5] == 'data:' else text).split()), validate=True)
     except (binascii.Error, ValueError): return None
 
 def _check(cls, given):
@@ -347,7 +347,7 @@ def _add_video(app, guard, service, videos):
     @app.post('/v1/video', summary='Begin the work on a video', status_code=202, openapi_extra={'requestBody': {'required': True, 'content': binary}},
               responses=_refusals(*refuse, 408, 413, 415, 422, 429), **tag)
     async def begin(request: Request, response: Response, model: Model = list(service.models)[0], detector: Detector = 'auto',
-                    every: Annotated[int, Query(ge=1, le=1000, description='look for faces in every so manieth frame, and follow them in between')] = 3,
+                    every: Annotated[int, Query(ge=1, le=1000, description='look for faces in every third frame, say; in between they are followed')] = 3,
                     annotate: Annotated[bool, Query(description='make a video with boxes and labels, too')] = False) -> VideoJob:
         kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
         if kind != 'application/octet-stream' and not kind.startswith('video/'): raise _refusal(415, f'expected video/... or application/octet-stream, got {kind[:80] or "no content type"!r}')

@@ -58,6 +58,7 @@ class Limits:
             value, kinds = getattr(self, f.name), (int,) if f.type is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
                 raise ValueError(f'{f.name} must be {"a whole number" if f.type is int else "a number"} above zero, got {value!r}')
+        if self.held_bytes < self.body_bytes: raise ValueError(f'held_bytes={self.held_bytes:,} has no room for a request of body_bytes={self.body_bytes:,}')
 
 # %% ../nbs/11a_service.ipynb #48ca550b
 _REFUSALS = {
@@ -361,7 +362,7 @@ class LiveFaces:
     "Follows the faces of frames that come one by one; for one thread at a time"
     def __init__(self,
         predictor: Predictor, # that is asked
-        every: int = 1, # look for faces in every so manieth frame
+        every: int = 1, # look for faces in every second frame, say; in between they are followed
     ):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f'every must be a whole number of 1 or more, got {every!r}')
         self.count, self._begin = 0, monotonic()
@@ -372,5 +373,7 @@ class LiveFaces:
         image: np.ndarray, # RGB, uint8 [h, w, 3]
     ) -> list: # of `Prediction`, with `track_id`
         "The faces of the next frame"
-        self._next, self.count = Frame(self.count, monotonic() - self._begin, image), self.count + 1
+        last = self._next.time if self._next else -1.
+        time = max(monotonic() - self._begin, last + 1e-4) # some clocks stand still for 15 ms
+        self._next, self.count = Frame(self.count, time, image), self.count + 1
         return next(self._steps).preds

@@ -103,7 +103,7 @@ class FaceTracker:
     Tracking by detection with a Kalman filter and optimal assignment, as SORT does it (Bewley et al. 2016), but matched by distance in place of overlap."""
     def __init__(self, *,
         max_age: float = 2., # seconds that a face may be lost and still get its number back
-        coast: float = .3, # seconds that a lost face is still reported, where it is expected
+        coast: float = .3, # seconds that a face which the last search missed is still reported, where it is expected
         min_hits: int = 2, # detections that confirm a face
         max_distance: float = 1., # how far from where it is expected a face may be found, in sides of its box
     ):
@@ -134,7 +134,9 @@ class FaceTracker:
         time: float, # seconds; not before the last update
     ) -> dict[int, Box]: # the box of each number; it may reach outside the image
         "Where the faces are expected in a frame without detection"
-        return {t.id: t.motion.box(time) for t in self._tracks if t.id and time - t.seen <= self.coast}
+        return {t.id: t.motion.box(time) for t in self._tracks if t.id and (t.seen == self.time or time - t.seen <= self.coast)} # who was there when one last looked is not lost
+
+    waiting = property(lambda self: any(t.id is None for t in self._tracks), doc="Is there a face that only the next detection can confirm?")
 
     def reset(self):
         "Forget all faces, as after a cut; numbers go on, and time may begin anew"

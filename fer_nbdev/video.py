@@ -73,7 +73,7 @@ def _captured(capture, name, fps, live, start=0., patience=50):
             if index >= count: break
             continue # a damaged frame: those after it may be whole
         failed, good = failed + index - good - 1, index
-        if live: time = monotonic() - begin
+        if live: time = max(monotonic() - begin, last + 1e-4) # some clocks stand still for 15 ms
         else:
             time = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 + offset
             if not time > last: offset, time = last + 1 / fps - (time - offset), last + 1 / fps # the times begin anew, or there are none
@@ -103,10 +103,10 @@ def _find_source(source):
         if not hasattr(source, '__iter__') or isinstance(source, (bytes, bytearray)) or isinstance(source, np.ndarray) and source.ndim < 3:
             raise ValueError(f'a video is a path, an address, the number of a camera, or a list of images, got {source!r:.80}')
         return source, 'the list of images'
-    path = os.fspath(source)
+    path = os.path.expanduser(os.fspath(source))
     if '://' in path: return path, path
     if os.path.isdir(path) or has_magic(path) and not os.path.exists(path):
-        images = sorted((p for p in (glob(path) if has_magic(path) and not os.path.isdir(path) else map(str, Path(path).iterdir())) if Path(p).suffix.lower() in IMAGE_SUFFIXES), key=_in_order)
+        images = sorted((p for p in (glob(path) if has_magic(path) and not os.path.isdir(path) else map(str, Path(path).iterdir())) if Path(p).suffix.lower() in IMAGE_SUFFIXES and Path(p).name[0] != '.'), key=_in_order)
         if not images: raise ValueError(f'there are no images in {path!r}: expected a video, or files ending in {" ".join(sorted(IMAGE_SUFFIXES))}')
         return images, repr(path)
     if path.isdecimal() and not os.path.exists(path): return int(path), f'camera {path}'
@@ -133,7 +133,7 @@ class _Opened:
         if isinstance(self.source, (int, str)):
             cv2, self.capture = import_cv2(), _open_capture(self.source, self.name, timeout)
             rate, count = self.capture.get(cv2.CAP_PROP_FPS), self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
-            fps = rate if 1 <= rate <= 1000 and not fps else fps
+            fps = rate if 1 <= rate <= 1000 else fps
             self.count = int(count) if 0 < count < 1e9 else None
         elif hasattr(self.source, '__len__'): self.count = len(self.source)
         self.fps = float(fps or 25)
@@ -237,7 +237,7 @@ def _predict_frames(frames, predictor, every, tracker, smoother, is_cut):
         image, time, since = frame.image, frame.time, since + 1
         new_scene = is_cut(image)
         if new_scene or shape not in (None, image.shape): tracker.reset(); since = every
-        shape, search = image.shape, since >= every
+        shape, search = image.shape, since >= every or tracker.waiting
         if search: boxes, since = tracker.update(detect_faces(image, predictor.detector), time), 0
         else: boxes = tracker.predict(time)
         boxes = {i: inner for i, b in boxes.items() if (inner := _inside(b, *image.shape[:2]))}
@@ -252,21 +252,24 @@ def predict_video(
     source, # what `VideoReader` takes, or one that is open
     model="accurate", # what `Predictor` takes, or a `Predictor`
     *,
-    every: int = 3, # look for faces in every so manieth frame, and follow them in between
+    every: int = 3, # look for faces, and ask the model, in every third frame, say; in between they are followed
     smoothing: float = .25, # time constant of the smoothing in seconds, see `ProbabilitySmoother`; 0 for none
     margin: float = .1, # by how much another emotion must be ahead before the label changes
     tracker: FaceTracker | None = None, # default: a new one
     cut: float = .5, # correlation of two frames below which it is a cut, see `CutDetector`; -1 for never
-    detector: str | os.PathLike | Callable = "auto", # how to find faces, see `detect_faces`; a `Predictor` brings its own
+    detector: str | os.PathLike | Callable | None = None, # how to find faces, see `detect_faces`; default: "auto"; a `Predictor` brings its own
     **options, # for the reader: start, end, fps, live, timeout
 ) -> Iterator[Frame]: # each frame with its predictions: `track_id`, smoothed `probs`, the stable `emotion` and its probability
-    """Find the faces of a video, follow them, and predict the emotion of each in every frame. A frame of a file is never left out; one of a live source is when the next is there already.
+    """Find the faces of a video, follow them, and say in every frame which emotion each shows. A frame of a file is never left out; one of a live source is when the next is there already.
 
+    A face is reported from its second detection on, so a scene of one frame has none: for pictures without a common story there is `Predictor.predict_many`.
     Raises what `VideoReader` and `Predictor` raise, at once, and `ValueError` for settings out of range."""
     if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1: raise ValueError(f'every must be a whole number of 1 or more, got {every!r}')
     smoother, is_cut = ProbabilitySmoother(smoothing, margin), CutDetector(cut)
-    predictor = model if isinstance(model, Predictor) else Predictor(model, detector=detector)
+    if isinstance(model, Predictor) and detector is not None: raise ValueError('a Predictor brings its own detector: make it with this one')
+    predictor = model if isinstance(model, Predictor) else Predictor(model, detector=detector or "auto")
     if predictor.align: raise ValueError('align=True needs eyes, which frames without detection do not have: make the Predictor without it')
+    if isinstance(source, VideoReader) and options: raise ValueError(f'{", ".join(options)}: not among the options of predict_video, or for a reader, and this one is open already')
     reader = source if isinstance(source, VideoReader) else VideoReader(source, **options)
     def run():
         with closing(_ahead(reader, 1 if reader.live else 3, drop=reader.live)) as frames:
@@ -606,6 +609,12 @@ class _Window:
     def __exit__(self, *_): self.cv2.destroyWindow(self.title)
 
 # %% ../nbs/11_video.ipynb #319436e4
+def _check_picture(path):
+    "Raise a `ValueError` unless a figure can be written under this name"
+    from matplotlib.backend_bases import FigureCanvasBase
+    known, suffix = FigureCanvasBase.get_supported_filetypes(), Path(path).suffix
+    if suffix[1:].lower() not in known: raise ValueError(f'{str(path)!r} ends in {suffix!r}, expected a picture: {" ".join(f".{k}" for k in sorted(known))}')
+
 def _save_timeline(seen, path):
     "The picture of a timeline as a file"
     if not seen.summary(): return warn(f'no face was followed: {path} is not written', stacklevel=3)
@@ -644,8 +653,9 @@ def process_video(
         reader = source if isinstance(source, VideoReader) else VideoReader(source, **{k: options.pop(k) for k in ('start', 'end', 'fps', 'live', 'timeout') if k in options})
         files.callback(reader.close)
         show = files.enter_context(_Window(f'fer {reader.name}')) if window else None
-        predictor = model if isinstance(model, Predictor) else Predictor(model, detector=options.pop('detector', 'auto'))
+        predictor = model if isinstance(model, Predictor) else Predictor(model, detector=options.pop('detector', None) or 'auto')
         seen, stage = Timeline(predictor.classes), predict_video(reader, predictor, **options)
+        if timeline is not None: _check_picture(timeline)
         adds, video = _outputs(files, reader, predictor.classes, out, table, jsonl)
         with closing(_ahead(stage, 1 if reader.live else 3)) as frames, suppress(*[KeyboardInterrupt] if reader.live else []):
             for frame in frames:

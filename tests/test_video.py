@@ -154,9 +154,9 @@ def test_the_model_is_asked_where_faces_are_searched(predictor):
     asked, ask = [], predictor.predict
     predictor.predict = lambda image, boxes: asked.append(len(boxes)) or ask(image, boxes)
     frames = list(predict_video([squares((40 + k, 60)) for k in range(31)], predictor, every=5))
-    assert asked == [1] * 6 and [len(f.preds) for f in frames] == [0] * 5 + [1] * 26
-    assert frames[6].preds[0].probs == frames[5].preds[0].probs != frames[10].preds[0].probs
-    assert frames[6].preds[0].box.x0 > frames[5].preds[0].box.x0
+    assert asked == [1] * 6 and [len(f.preds) for f in frames] == [0] + [1] * 30  # the frame after a new face is searched too, to confirm it
+    assert frames[5].preds[0].probs == frames[1].preds[0].probs != frames[6].preds[0].probs
+    assert frames[5].preds[0].box.x0 > frames[1].preds[0].box.x0
 
 
 def test_a_cut_begins_new_numbers():
