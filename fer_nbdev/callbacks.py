@@ -133,7 +133,7 @@ class SAM(Callback):
         climb = torch._foreach_mul(grads, self.rho/(torch.stack(torch._foreach_norm(grads)).norm() + 1e-12))
         with torch.no_grad(): torch._foreach_add_(weights, climb)
         for p in weights: p.grad = None
-        with self._kept_statistics(): self.loss_func(self.model(*self.xb), *self.yb).backward()
+        with self._kept_statistics(): (self.loss_func(self.model(*self.xb), *self.yb) * getattr(self, "loss_share", 1.)).backward()  # the share: see `WholeBatch`
         with torch.no_grad(): torch._foreach_sub_(weights, climb)
 
     @contextmanager

@@ -139,7 +139,8 @@ class WholeBatch(Callback):
         total = torch.stack([self.loss.detach()*weight, weight])
         dist.all_reduce(total)
         self.learn.loss = (total[0] / total[1]).to(self.loss.dtype)
-        self.learn.loss_grad = self.loss_grad * (weight*num_distrib() / total[1])
+        self.learn.loss_share = weight*num_distrib() / total[1]
+        self.learn.loss_grad = self.loss_grad * self.loss_share
 
     def _weight(self):
         "What PyTorch's cross-entropy divides the sum of a batch by: the weights of its true classes, or the number of its faces."

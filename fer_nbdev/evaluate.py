@@ -78,14 +78,15 @@ def score(
 ) -> dict:
     """Scores of one split as plain numbers, ready for JSON: n, accuracy, balanced_accuracy, top2_accuracy, macro_f1, macro_precision, macro_recall,
     weighted_f1, macro_auc, log_loss, ece, `per_class` (precision, recall, f1, support, auc, average_precision by name; the areas are None where
-    a class has no curves) and `confusion` (counts, rows are the truth)."""
+    a class has no curves) and `confusion` (counts, rows are the truth). Macro means are over the classes that are labelled or predicted, as in scikit-learn."""
     probs = check_probs(probs, emotion, classes)
     pred, every, curves = probs.argmax(1), np.arange(len(classes)), class_curves(probs, emotion, classes)
     per_class = np.stack(precision_recall_fscore_support(emotion, pred, labels=every, zero_division=0.), 1)
     precision, recall, f1, support = per_class.T
+    known = support + np.bincount(pred, minlength=len(classes)) > 0
     areas = {c: {a: curves[c][a] if c in curves else None for a in ("auc", "average_precision")} for c in classes}
     return dict(n=len(pred), accuracy=float((pred == emotion).mean()), balanced_accuracy=float(recall[support > 0].mean()), top2_accuracy=float(_in_top2(probs, emotion).mean()),
-                macro_f1=float(f1.mean()), macro_precision=float(precision.mean()), macro_recall=float(recall.mean()), weighted_f1=float(np.average(f1, weights=support)),
+                macro_f1=float(f1[known].mean()), macro_precision=float(precision[known].mean()), macro_recall=float(recall[known].mean()), weighted_f1=float(np.average(f1, weights=support)),
                 macro_auc=float(np.mean([v["auc"] for v in curves.values()])) if curves else None,
                 log_loss=float(log_loss(emotion, probs/probs.sum(1, keepdims=True), labels=every)), ece=calibration_error(probs, emotion),
                 per_class={c: dict(precision=float(p), recall=float(r), f1=float(f), support=int(s), **areas[c]) for c, (p, r, f, s) in zip(classes, per_class)},
@@ -112,7 +113,8 @@ def report_text(
     _check_scores(scores)
     k, counts = len(scores["classes"]), np.ravel(scores["confusion"])
     truth, pred = np.divmod(np.repeat(np.arange(k*k), counts), k)      # a face for every count of the matrix
-    return classification_report(truth, pred, labels=np.arange(k), target_names=scores["classes"], zero_division=0.)
+    known = np.union1d(truth, pred)
+    return classification_report(truth, pred, labels=known, target_names=[scores["classes"][i] for i in known], zero_division=0.)
 
 def most_confused(
     scores: dict,  # of `score`, also one that was read from JSON
@@ -138,7 +140,7 @@ def _statistics(probs, emotion):
         counts = np.bincount((cell[flat] + k*k*np.arange(b)[:, None]).ravel(), minlength=b*k*k).reshape(b, k, k)
         right, true, said = counts.diagonal(0, 1, 2), counts.sum(2), counts.sum(1)
         recall, f1 = right/np.maximum(true, 1), 2*right/np.maximum(true + said, 1)
-        result = right.sum(1)/m, recall.sum(1)/(true > 0).sum(1), f1.mean(1), (f1*true).sum(1)/m, top2[flat].mean(1), losses[flat].mean(1)
+        result = right.sum(1)/m, recall.sum(1)/(true > 0).sum(1), f1.sum(1)/(true + said > 0).sum(1), (f1*true).sum(1)/m, top2[flat].mean(1), losses[flat].mean(1)
         return np.stack(result).reshape(len(STATISTICS), *rows.shape[:-1])
     return statistics
 

@@ -134,6 +134,8 @@ def check_recipe(
     if recipe.freeze_epochs and recipe.pretrained is False: raise ValueError(f"freeze_epochs={recipe.freeze_epochs}: there is nothing worth freezing in a network without pretrained weights; set pretrained")
     unknown = [c for c in recipe.classes or () if c not in EMOTIONS]
     if unknown: raise ValueError(f"classes={recipe.classes!r}: expected among {', '.join(EMOTIONS)}")
+    if recipe.mixup and recipe.cutmix: raise ValueError(f"mixup={recipe.mixup}, cutmix={recipe.cutmix}: both mix the faces of a batch; set one of them to 0")
+    if recipe.sampling and recipe.class_weights: raise ValueError(f"sampling={recipe.sampling}, class_weights={recipe.class_weights}: both bring rare classes back, together twice as much; set one of them to null")
     _check_keys(f"schedule_args of {recipe.schedule}", recipe.schedule_args, _SCHEDULE_ARGS.get(recipe.schedule, ()))
     create_augment(recipe.augment)
 

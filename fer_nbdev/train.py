@@ -34,7 +34,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
 from .core import write_whole
-from .data import FER2013, draw_per_class, select_classes
+from .data import FER2013, draw_per_class, select_classes, split_names
 from .distill import Distill, describe_teachers, open_teachers
 from .distributed import _from_all, distribute, from_rank0, start_ranks
 from .loaders import fer_dls
@@ -118,7 +118,7 @@ def _check_window(model, recipe):
     try:
         with torch.no_grad(): model.eval()(torch.zeros(1, 1, side, side))
         model.train()
-    except RuntimeError: raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set it to 1, or choose a network with a mean over its last maps, such as se_resnet") from None
+    except (AssertionError, RuntimeError): raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set it to 1, or choose a network with a mean over its last maps, such as se_resnet") from None
 
 # %% ../nbs/05_train.ipynb #a6f9ddef
 def _metrics():
@@ -146,9 +146,10 @@ def fer_learner(
     """A learner for `dls` with the network, loss, optimiser and precision of a recipe; its weights are drawn from the recipe's seed.
 
     Raises `ValueError` where a recipe with teachers meets faces with votes, where one that shares the target between label and votes or teachers has neither,
-    and where the network cannot take the windows that a recipe trains on."""
+    where the network cannot take the windows that a recipe trains on, and where there are too few faces for a batch."""
     if recipe.teachers and dls.train.soft is not None: raise ValueError("votes and teachers are both soft targets: train with one of them")
     if recipe.soft_share < 1 and not recipe.teachers and dls.train.soft is None: raise ValueError(f"soft_share={recipe.soft_share}, and there is nothing beside the labels: give votes or teachers, or set soft_share=1")
+    if not len(dls.train): raise ValueError(f"bs={recipe.bs}: only whole batches train, and there are {dls.train.n} Training faces; set bs to {dls.train.n} or less")
     set_seed(recipe.seed)
     model = create_model(recipe.arch, dls.c, recipe.n_in, recipe.img_size, recipe.pretrained, **recipe.arch_args)
     counts = np.bincount(dls.train.stacked[1].cpu(), minlength=dls.c)
@@ -205,12 +206,15 @@ def _check_same(out, recipe, data, teachers):
     if before.get("teachers", []) != teachers: raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
     if before["data"]["sha256"] != data["sha256"]: raise ValueError(f"{out} was started on other data ({before['data']['source']}, {before['data']['rows']})")
 
-def _choose_recipe(out, recipe, resume):
+def _choose_recipe(out, recipe, resume, table):
     "The recipe of a run, complete: the one given, or that of the run which is resumed."
     begun = (out/"run.json").exists()
     if begun and not resume: raise ValueError(f"{out} already holds a run: resume it (resume=True, --resume) or choose another folder")
     if recipe is None and not begun: raise ValueError(f"{out} holds no run to resume: give a recipe")
     if recipe is None: return read_recipe(out/"recipe.yaml")
+    if isinstance(recipe.valid, str) and not np.isin(table.usage, split_names(recipe.valid)).any():
+        print(f"No {recipe.valid} rows: validating on a tenth of Training")
+        recipe = replace(recipe, valid=.1)  # what is written down shall be what was done
     return recipe if recipe.stats else replace(recipe, stats=input_stats(recipe.arch, recipe.pretrained))
 
 def _read_checkpoint(out, recipe, data, teachers):
@@ -285,7 +289,7 @@ def train(
     Raises `ValueError` where `out` holds a run and `resume` is not given, or holds another one, and where the ranks do not divide `bs`."""
     keep_freed_memory()
     out, device = Path(out).expanduser(), start_ranks(device)
-    recipe = from_rank0(_choose_recipe, out, recipe, resume)
+    recipe = from_rank0(_choose_recipe, out, recipe, resume, table)
     table = prepare_table(recipe, table)
     data, teachers = _describe_same_data(table), describe_teachers(recipe.teachers)
     checkpoint = from_rank0(_read_checkpoint, out, recipe, data, teachers)
@@ -363,8 +367,9 @@ def cross_validate(
 
     Raises `ValueError` where a class has fewer Training faces than folds, or where `out` holds a cross-validation and `resume` is not given."""
     out, rows = Path(out), []
+    prepared = replace(recipe, valid="PublicTest", classes=None, per_class=None, soft_share=recipe.soft_share if table.soft is None else 1.)  # `prepare_table` has done its part by then
     for i, fold in enumerate(fold_tables(prepare_table(recipe, table), k, recipe.seed)):
-        train(replace(recipe, valid="PublicTest", classes=None, per_class=None), fold, out/f"fold_{i}", resume, **kwargs)
+        train(prepared, fold, out/f"fold_{i}", resume, **kwargs)
         history = from_rank0(_read_json, out/f"fold_{i}"/"history.json")
         rows.append(history[best_epoch(history, recipe.monitor)])
     scores = {m: [r[m] for r in rows] for m in rows[0] if m not in ("epoch", "lr", "seconds")}

@@ -22,6 +22,8 @@ from .train import describe_data, train
 
 # %% ../nbs/13a_tune.ipynb #01461bce
 _FIXED = ("name", "about", "classes", "per_class", "valid", "monitor", "seed")  # they decide what a score means, so scores across them can't be compared
+_SCALES = ("loss", "gamma", "label_smoothing", "class_weights")  # of a loss
+_IN_LOSS = dict(valid_loss=_SCALES, train_loss=(*_SCALES, "augment", "mixup", "cutmix", "sampling", "teachers", "soft_share"))
 _RANGE = re.compile(r"(log:)?([^:]+):([^:]+)")
 
 def _number(text):
@@ -64,7 +66,7 @@ def parse_space(
         key, eq, text = (s.strip() for s in line.partition("="))
         if not eq: raise ValueError(f"{line!r}: expected field=range or field=choice,choice")
         if key in found: raise ValueError(f"{key} is searched twice")
-        if key.partition(".")[0] in _FIXED: raise ValueError(f"{key} can't be searched: scores of recipes that differ in it can't be compared")
+        if key.partition(".")[0] in (*_FIXED, *_IN_LOSS.get(recipe.monitor, ())): raise ValueError(f"{key} can't be searched: scores of recipes that differ in it can't be compared by {recipe.monitor}")
         d = found[key] = _distribution(key, text)
         for value in d.choices if hasattr(d, "choices") else (d.low, d.high): recipe.set(_settings({key: value}))
     if not found: raise ValueError("nothing to search: give a space such as lr=log:1e-3:1e-1")
@@ -87,7 +89,7 @@ class ReportTrial(Callback):
 
     def after_epoch(self):
         self._report(self.history.rows[-1])
-        if self.trial.should_prune(): raise require("optuna", "scale").TrialPruned(f"others did better after {self.epoch + 1} epochs")
+        if self.epoch + 1 < self.n_epoch and self.trial.should_prune(): raise require("optuna", "scale").TrialPruned(f"others did better after {self.epoch + 1} epochs")
 
     def _report(self, row): self.trial.report(row[self.monitor], row["epoch"] + 1)
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from _tables import write_csv
 
@@ -32,14 +33,17 @@ from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 
-TABLE = synthetic_faces(147)[:132]  # so many that a single face is left for the last batch of validation
+FACES = synthetic_faces(147)[:132]  # so many that a single face is left for the last batch of validation
+RARE = (FACES.usage == "Training") & (FACES.emotion % 2 == 1)
+TABLE = FACES[~RARE | (np.random.default_rng(0).random(len(FACES)) < .4)]  # less of every other class, or class weights would all be 1
 STILL = ["epochs=2", "bs=12", "precision=fp32", "augment=null", "arch_args.dropout=0", "lr=.03", "ema=.8"]
 NORM = ["arch_args.widths=[8, 16]", "arch_args.blocks=[1, 1]", "class_weights=null"]
 CASES = {
     "no norm": ["arch=sequential", "arch_args={blocks: [[8], [8]], dropout: [0, 0], hidden: [16], head_dropout: [0]}", "class_weights=inverse",
                 "optimizer=adam", "lr=.003"],
     "class weights": [*NORM, "class_weights=inverse", "label_smoothing=.1", "clip=1"],
-    "oversampled": [*NORM, "class_weights=inverse", "loss=focal", "sampling=oversample"],
+    "worst weights nearby": [*NORM, "class_weights=inverse", "sam=.05"],
+    "oversampled": [*NORM, "loss=focal", "sampling=oversample"],
     "frozen body": [*NORM, "pretrained=body.safetensors", "freeze_epochs=1"],
     "plateau, early stop": [*NORM, "schedule=plateau", "schedule_args={patience: 0}", "patience=1", "monitor=valid_loss", "epochs=4", "lr=.5"],
 }
@@ -219,7 +223,7 @@ def drawn(tmp_path_factory):
 
 def test_ranks_draw_differently_and_end_alike(drawn):
     _, (a, b) = drawn
-    assert len(a["draws"]) == len(b["draws"]) > 20 and not set(a["draws"]) & set(b["draws"])
+    assert len(a["draws"]) == len(b["draws"]) > 15 and not set(a["draws"]) & set(b["draws"])
     assert a["rows"] == b["rows"] and same(a["weights"], b["weights"])
 
 

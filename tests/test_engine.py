@@ -51,8 +51,8 @@ def _rows(run):
 
 # between them they name every schedule, loss and sampling, and what has a state of its own
 CHOICES = [["optimizer=adamw", "schedule=cosine"], ["optimizer=ranger", "schedule=plateau", "schedule_args.patience=0"],
-           ["optimizer=rmsprop", "schedule=inverse", "schedule_args.decay=.01", "mixup=.4"], ["loss=focal", "cutmix=1", "sampling=weighted", "clip=1."],
-           ["optimizer=lamb", "sampling=oversample", "schedule=constant", "ema=0"], ["class_weights=effective", "monitor=valid_loss", "label_smoothing=.1"], ["sam=.05", "clip=1.", "augment.crop=.67", "mixup=.2"],
+           ["optimizer=rmsprop", "schedule=inverse", "schedule_args.decay=.01", "mixup=.4"], ["loss=focal", "cutmix=1", "class_weights=null", "sampling=weighted", "clip=1."],
+           ["optimizer=lamb", "class_weights=null", "sampling=oversample", "schedule=constant", "ema=0"], ["class_weights=effective", "monitor=valid_loss", "label_smoothing=.1"], ["sam=.05", "clip=1.", "augment.crop=.67", "mixup=.2"],
            ["teachers=[fast]", "soft_share=.5", "mixup=.2"]]
 
 
