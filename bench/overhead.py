@@ -154,7 +154,7 @@ def main():
     options = {name: settings(weights / name / "model.onnx", card["img_size"], seconds, rounds) for name, card in cards.items()}
     photo = {name: spinning(name, weights / name / "model.onnx", 3 if args.quick else 15) for name in cards}
     share = {name: added[name]["added_share"]["predict_faces(array)"] for name in cards}
-    spoken = [f"{share[n]:.1%} to the {added[n]['microseconds']['session.run'] / 1000:.2f} ms of `{n}` (`predict` with its box, which cuts it out and names the classes, "
+    spoken = [f"{f'{share[n]:.1%}' if share[n] > .001 else 'nothing measurable'} to the {added[n]['microseconds']['session.run'] / 1000:.2f} ms of `{n}` (`predict` with its box, which cuts it out and names the classes, "
               f"{added[n]['added_share']['predict(image, boxes)']:.1%})" for n in cards]
     report("overhead",
            {"batch_1": added, "faces_per_second_by_slice": long, "times_as_long_by_setting": options, "photo_ms": photo, "within_limits": all(s <= LIMIT for s in share.values())},

@@ -74,7 +74,7 @@ def main():
                   f"(one standard error is {100 * (start * (1 - start) / valid) ** .5:.1f} points); {given_up} trials were given up early, "
                   f"so that {trained} of {whole} epochs were trained, in {minutes:.0f} minutes",
            data={"source": Path(table.source).name or "drawn faces", "training": int((table.usage == "Training").sum()), "public_test": valid}, space=list(SPACE), seed=recipe.seed,
-           command="python bench/tune.py --runs runs/tune" + (f" --data {args.data.name}" if args.data else ""))
+           command="python bench/tune.py --runs runs/tune" + (f" --data {args.data.name}" if args.data else "") + f" --limit {args.limit} --epochs {args.epochs} --trials {args.trials}")
 
 
 if __name__ == "__main__":

@@ -241,13 +241,13 @@ def predict(
     threads: Annotated[int | None, typer.Option(help="Threads of the network. Default: the usable cores, at most 4.")] = None,
     provider: Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, coreml, openvino, directml. Repeatable.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read images and find faces; with --engine ray: processes. Default: the usable cores.")] = None,
-    files_from: Annotated[Path | None, typer.Option(help="Read more paths from this file, one a line; - for standard input.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object an image.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="One csv row a face.")] = False,
+    files_from: Annotated[Path | None, typer.Option(help="Read more paths from this file, one per line; - for standard input.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One csv row per face.")] = False,
     annotate: Annotated[Path | None, typer.Option(help="Folder for pictures with boxes, labels and bars.")] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Say how long reading, detecting and classifying took.")] = False,
     engine: Annotated[str, typer.Option(help="threads: this process prints as it goes. ray: processes, here or on a cluster, write --out; arguments may be addresses (s3://...) and tables (.parquet, .csv).")] = "threads",
-    out: Annotated[str | None, typer.Option(help="With --engine ray: folder or address for parquet files, a row a face. Killed? The same command does what is missing.")] = None,
+    out: Annotated[str | None, typer.Option(help="With --engine ray: folder or address for parquet files, one row per face. Killed? The same command does what is missing.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="With --engine ray: cluster to join. Default: $RAY_ADDRESS, or one that is started here.")] = None,
 ):
     """Find the faces in images and print the emotion of each.
@@ -269,8 +269,8 @@ _Every = Annotated[int, typer.Option(min=1, help="Look for faces in every Nth fr
 _Smoothing = Annotated[float, typer.Option(min=0, help="Time constant of the smoothing, in seconds; 0 for none.")]
 _MinConfidence = Annotated[float, typer.Option(min=0, max=1, help="Below this probability the label is: uncertain.")]
 _Out = Annotated[Path | None, typer.Option(help="Annotated video to write: .mp4, .mov, .mkv or .avi. With sound where there is an ffmpeg.")]
-_Csv = Annotated[Path | None, typer.Option("--csv", help="Table to write, a row a face and frame: .csv or .parquet.")]
-_Jsonl = Annotated[str | None, typer.Option("--json", help="JSON lines to write while it runs, an object a frame; - for standard output.")]
+_Csv = Annotated[Path | None, typer.Option("--csv", help="Table to write, one row per face and frame: .csv or .parquet.")]
+_Jsonl = Annotated[str | None, typer.Option("--json", help="JSON lines to write while it runs, one object per frame; - for standard output.")]
 _Timeline = Annotated[Path | None, typer.Option(help="Picture to write: the probabilities of each person over time.")]
 
 def _run_video(source, live, model, detector, min_confidence, jsonl, **settings):
@@ -342,16 +342,17 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
     model: Annotated[list[str] | None, typer.Option(help="Bundled model or model folder; may be repeated, the first is the default. All bundled ones where none is given.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with a token a line: only clients that know one are answered. The variable FER_TOKENS does the same, with commas.", exists=True, dir_okay=False)] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with one token per line: only clients that know one are answered. The variable FER_TOKENS does the same, with commas.", exists=True, dir_okay=False)] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origin whose pages may ask from a browser, such as https://example.org; may be repeated.")] = None,
     page: Annotated[bool, typer.Option(help="The page for people at /, beside the API.")] = True,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that read images and find faces; default: the usable cores.")] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that are worked on or wait; the next are refused with 429.")] = 64,
     max_mb: Annotated[float, typer.Option(min=.001, help="Megabytes of a request with images.")] = 20,
 ):
-    """The web service and its page, until Ctrl-C.
+    """Run the web service and its page, until Ctrl-C.
 
-    Examples: `fer serve`; `fer serve --host 0.0.0.0 --token-file tokens.txt`; `fer serve --model accurate --model my_model --no-page`."""
+    Examples: `fer serve` · `fer serve --host 0.0.0.0 --token-file tokens.txt` · `fer serve --model accurate --model my_model --no-page`
+    """
     from fer_nbdev.serve import Limits, create_app, run_app
     lines = token_file.read_text(encoding="utf-8").splitlines() if token_file else os.environ.get("FER_TOKENS", "").split(",")
     tokens = [line.strip() for line in lines if line.strip()]
@@ -366,10 +367,10 @@ def serve(
 # %% ../nbs/14_cli.ipynb #78fe1cce
 @app.command()
 def models():
-    "List the bundled models: accuracy, macro F1 and calibration error on PrivateTest, which selected nothing, and milliseconds a face on one core of the machine that the cards name, alone and in batches of 64."
+    "List the bundled models: accuracy, macro F1 and calibration error on PrivateTest, which selected nothing, and milliseconds per face on one core of the machine that the cards name, alone and in batches of 64."
     from fer_nbdev.cards import bundled_models
     from rich.table import Table
-    table = Table("model", "network", "params", "file", "accuracy", "F1", "ECE", "ms", "ms in 64", title="Bundled models: scores on PrivateTest, milliseconds a face on one core", box=None, padding=(0, 1))
+    table = Table("model", "network", "params", "file", "accuracy", "F1", "ECE", "ms", "ms in 64", title="Bundled models: scores on PrivateTest, milliseconds per face on one core", box=None, padding=(0, 1))
     for name, card in bundled_models().items():
         s, t = card["scores"]["PrivateTest"], card["latency"]
         table.add_row(name, card["arch"], f"{card['n_params']/1e6:.2f} M", f"{card['files']['model.onnx']['bytes']/1e6:.1f} MB",
@@ -391,7 +392,10 @@ def prepare(
     classes: Annotated[str | None, typer.Option(help="Keep only these, separated by commas: angry,happy,neutral,sad.")] = None,
     merge_test: Annotated[bool, typer.Option("--merge-test", help="PublicTest and PrivateTest together in test/, as on Kaggle.")] = False,
 ):
-    "Write FER2013 as png files: `train/`, `val/` and `test/` with one folder a class."
+    """Write FER2013 as png files: train/, val/ and test/ with one folder per class.
+
+    Examples: `fer prepare fer2013.csv faces` · `fer prepare fer2013.csv four --classes angry,happy,neutral,sad --merge-test`
+    """
     from fer_nbdev.data import class_counts, to_folders
     table = _read_data(source, classes)
     to_folders(table, out, merge_test, progress=sys.stderr.isatty())
