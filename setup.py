@@ -18,6 +18,7 @@ def requirements(name):
 
 extras = {name: requirements(f"{name}_requirements") for name in ("train", "track", "video", "serve", "scale")}
 extras["dev"] = [*(line for extra in extras.values() for line in extra), *requirements("dev_requirements")]
+extras["umap"] = requirements("umap_requirements")  # brings a compiler, so that it is not for everybody
 
 with open("README.md", encoding="utf-8") as f:
     readme = f.read()
@@ -49,10 +50,11 @@ setup(
         "Programming Language :: Python :: 3",
         *(f"Programming Language :: Python :: {v}" for v in PYTHONS),
         "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
     packages=find_packages(include=["fer_nbdev", "fer_nbdev.*"]),
     # Named here and not left to include_package_data: weights/ and recipes/ hold no Python, so they are no packages.
-    package_data={"fer_nbdev": ["weights/**/*.onnx", "weights/**/*.json", "recipes/**/*.yaml"]},
+    package_data={"fer_nbdev": ["py.typed", "weights/**/*.onnx", "weights/**/*.json", "recipes/**/*.yaml"]},
     include_package_data=False,
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),

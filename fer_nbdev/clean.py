@@ -11,6 +11,7 @@ __all__ = ['COPY_KINDS', 'NOT_A_FACE', 'ACTIONS', 'FINDING_KINDS', 'plant_copies
 # %% ../nbs/07a_clean.ipynb #257a62d4
 import base64, hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -298,7 +299,7 @@ def find_label_issues(
     if np.shape(probs) != (len(table), len(table.classes)): raise ValueError(f"expected probabilities {(len(table), len(table.classes))}, one row a face and one column a class, got {np.shape(probs)}")
     if not np.allclose(np.sum(probs, 1), 1, atol=1e-3): raise ValueError("the probabilities of every row must sum to 1: these look like logits, or like rows nobody has judged")
     doubted = require("cleanlab.filter", "train").find_label_issues(table.emotion, np.asarray(probs, np.float64), n_jobs=1, **kwargs)
-    rows = np.flatnonzero(doubted)
+    rows = np.flatnonzero(doubted) if doubted.dtype == bool else np.sort(doubted)  # return_indices_ranked_by=... gives numbers
     score = 1 - probs[rows, table.emotion[rows]]
     rows, score = rows[order := np.argsort(-score, kind="stable")], score[order]
     names = np.array(table.classes)
@@ -315,7 +316,9 @@ def plant_label_errors(
     rows = np.sort(rng.permutation(train)[:round(share*len(train))])
     emotion = table.emotion.copy()
     emotion[rows] = (emotion[rows] + rng.integers(1, len(table.classes), len(rows))) % len(table.classes)
-    return replace(table, emotion=emotion), rows
+    soft = None if table.soft is None else table.soft.copy()
+    if soft is not None: soft[rows] = np.eye(len(table.classes), dtype=np.float32)[emotion[rows]]
+    return replace(table, emotion=emotion, soft=soft), rows
 
 # %% ../nbs/07a_clean.ipynb #3646249e
 NOT_A_FACE = "not a face"  # what FER+ calls NF
@@ -354,8 +357,9 @@ def _kept_row(table, rows, said):
 
 def _copy_findings(table, copies, said):
     "Findings for all rows of all groups but the one that is kept of each."
-    found, exact, similarity = [], find_duplicates(table).first, np.zeros(len(table))
-    for side in getattr(copies, "pairs", np.empty((0, 2), int)).T: np.maximum.at(similarity, side, copies.similarity)
+    found, exact = [], find_duplicates(table).first
+    similarity = {tuple(sorted(pair)): s for pair, s in zip(copies.pairs.tolist(), copies.similarity)} if hasattr(copies, "pairs") else {}
+    def alike(a, b): return 1. if exact[a] == exact[b] else similarity.get(tuple(sorted((exact[a], exact[b]))), 0.)
     for group in map(np.array, copies.groups):
         train = table.usage[group] == "Training"
         stay = np.array([_kept_row(table, group, said)]) if train.all() else group[~train]
@@ -363,9 +367,9 @@ def _copy_findings(table, copies, said):
             pool = stay if table.usage[row] == "Training" else group
             others = pool[pool != row]
             if not len(others): continue  # the one that is kept
-            related = next((r for r in others if exact[r] == exact[row]), others[0])
-            same = exact[row] == exact[related]
-            found.append((row, FINDING_KINDS[0 if same else 1], 1. if same else similarity[exact[row]], related, "drop" if table.usage[row] == "Training" else "keep"))
+            related = max(others, key=partial(alike, row))
+            if not alike(row, related): related = max(group[group != row], key=partial(alike, row))  # a copy of a copy
+            found.append((row, FINDING_KINDS[0 if exact[row] == exact[related] else 1], alike(row, related), related, "drop" if table.usage[row] == "Training" else "keep"))
     row, kind, score, related, action = zip(*found) if found else [()]*5
     return _of_kind(list(kind), np.array(row, int), list(score), related=list(related), action=list(action))
 
@@ -420,7 +424,7 @@ def write_findings(
     path,  # csv file to write
 ):
     "Write findings as csv, whole or not at all."
-    with write_whole(path) as tmp: findings[list(_COLUMNS)].assign(related=findings.related.where(findings.related >= 0, "")).to_csv(tmp, index=False, lineterminator="\n")
+    with write_whole(Path(path).expanduser()) as tmp: findings[list(_COLUMNS)].assign(related=findings.related.where(findings.related >= 0, "")).to_csv(tmp, index=False, lineterminator="\n")
 
 def read_findings(
     path,  # csv file that `write_findings` wrote, and a person may have edited
@@ -549,7 +553,7 @@ class FindingsReviewer:
         if batch < 1 or not set(kinds) <= set(FINDING_KINDS): raise ValueError(f"batch={batch}, kinds={kinds}: expected at least one card, and kinds among {', '.join(FINDING_KINDS)}")
         if not set(labels or ()) <= set(table.classes): raise ValueError(f"labels={labels}: expected among {', '.join(table.classes)}")
         w = require("ipywidgets", "train")
-        self.table, self.path, self.probs, self.batch, self.start = table, Path(path), probs, batch, 0
+        self.table, self.path, self.probs, self.batch, self.start = table, Path(path).expanduser(), probs, batch, 0
         self.findings = read_findings(path)
         _check_findings(self.findings, table, path)
         dropped = self.findings.action == "drop"

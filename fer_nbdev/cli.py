@@ -10,7 +10,7 @@ __all__ = ['app', 'main', 'find_images', 'predict', 'video', 'webcam', 'serve', 
 import csv, glob, io, json, os, sys, warnings
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -495,7 +495,7 @@ def _report(run, table):
     table = prepare_table(recipe, table)
     if not len(table.split(usage)): return
     write_report(run/"report", evaluate_model(run/"model", table, usage))
-    print((run/"report"/"report.txt").read_text() + f"report: {run/'report'/'report.html'}")
+    print((run/"report"/"report.txt").read_text(encoding="utf-8") + f"report: {run/'report'/'report.html'}")
 
 # %% ../nbs/14_cli.ipynb #91ed808d
 def _print_card(card, out):
@@ -592,6 +592,7 @@ def export(
     int8: Annotated[bool, typer.Option("--int8", help="Weights and activations of eight bits: smaller, and faster on most processors.")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="Weights as they were trained. Default: float16, half the size.")] = False,
     others: Annotated[list[str] | None, typer.Option("--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Under which terms the model may be used, for its card: Apache-2.0, say.")] = None,
 ):
     """Write a model folder, `model.onnx` and `card.json`, and check it against the network it came from; or calibrate a finished model on faces of your own, or join several.
 
@@ -604,8 +605,9 @@ def export(
     from fer_nbdev.export import calibrate_model, export_run, export_weights, quantize_model
     table, weights = _read_data(data) if data else None, "int8" if int8 else "float32" if float32 else "float16"
     if int8 and table is None: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
-    if others: return _print_card(export_ensemble([checkpoint, *others], out, table), out)
+    about: dict[str, Any] = {} if licence is None else dict(licence=licence)
+    if others: return _print_card(export_ensemble([checkpoint, *others], out, table, **about), out)
     if checkpoint in bundled_models() or Path(checkpoint, "card.json").is_file():
         if table is None: raise ValueError(f"{checkpoint} is a finished model: --data calibrates it on other faces, and with --int8 turns it into eight bits")
-        return _print_card((quantize_model if int8 else calibrate_model)(checkpoint, out, table), out)
-    _print_card((export_weights if Path(checkpoint).is_file() else export_run)(checkpoint, out, table, weights=weights), out)
+        return _print_card((quantize_model if int8 else calibrate_model)(checkpoint, out, table, **about), out)
+    _print_card((export_weights if Path(checkpoint).is_file() else export_run)(checkpoint, out, table, weights=weights, **about), out)

@@ -76,7 +76,7 @@ def export_ensemble(
         if c["classes"] != first["classes"]: raise ValueError(f"members do not match: {c['name']} knows {', '.join(c['classes'])}; {first['name']} {', '.join(first['classes'])}")
     usage, faces, _ = parity_faces(table, first["img_size"])
     parity = check_report(parity_report(open_graph(graph)(faces), np.mean([open_graph(g)(faces) for g in graphs], axis=0)))
-    card = dict(format=1, name=out.name, arch="ensemble", classes=first["classes"], img_size=first["img_size"], n_params=sum(c["n_params"] for c in cards),
+    card = dict(format=1, name=out.name, arch="ensemble", classes=first["classes"], img_size=first["img_size"], n_params=sum(c.get("n_params", 0) for c in cards),
                 **{k: _common(cards, k) for k in ("selected_on", "licence", "weights")}, members=[_describe_member(c) for c in cards],
                 calibration=None, parity=dict(against="the members", faces=usage) | parity) | about
     if table is None: return write_model(out, graph, card)

@@ -386,12 +386,17 @@ def _score_unseen(table, rows, part, probs):
 
 _FACTS = "arch n_params img_size tta calibration best_epoch selected_on train_minutes hardware seed date commit licence recipe data".split()  # of a card
 
+def _selected_on(cards):
+    "What selected the epoch, of the networks of an ensemble all that did; None where no card says."
+    said = dict.fromkeys(c.get("selected_on") or (c["recipe"].get("valid") if isinstance(c.get("recipe"), dict) else None) for c in cards)
+    return next(iter(said)) if len(said) == 1 else "+".join(s for s in said if isinstance(s, str)) or None
+
 def _describe(opened, name, rows, part, n_all):
     "Model, data, date and versions of an evaluation, ready for JSON."
     card, digest = opened.card, hashlib.sha256(part.pixels.tobytes() + part.emotion.tobytes()).hexdigest()
     recipe, data = (card[k] if isinstance(card.get(k), dict) else {} for k in ("recipe", "data"))
-    calibration = f"{scaling['method']}, fitted on {scaling['fitted_on']}" if (scaling := card.get("calibration")) else None
-    card = dict(selected_on=recipe.get("valid")) | card | dict(recipe=recipe.get("name"), data=data.get("source"), calibration=calibration)
+    calibration = scaling["method"] + (f", fitted on {scaling['fitted_on']}" if scaling["fitted_on"] and scaling["method"] != "none" else "") if (scaling := card.get("calibration")) else None
+    card = card | dict(selected_on=_selected_on(card.get("members") or [card]), recipe=recipe.get("name"), data=data.get("source"), calibration=calibration)
     loaded = [p for p, m in dict(numpy="numpy", onnxruntime="onnxruntime", torch="torch", fastai="fastai").items() if m in sys.modules]
     return dict(model=name or card.get("name", "model"), split="+".join(dict.fromkeys(part.usage.tolist())), card={k: card[k] for k in _FACTS if card.get(k) is not None} | card.get("files", {}).get("model.onnx", {}),
                 data=dict(source=Path(part.source).name or "table", faces=len(rows), left_out=n_all - len(rows), sha256=digest,

@@ -172,13 +172,13 @@ def _keep_in_layout(proto):
     return rewrite(proto, pattern_rewrite_rules=[pattern.RewriteRule(mean, pool, is_map), pattern.RewriteRule(flat_mean, flat_pool, is_map)])
 
 def _tail(graph):
-    "Names of the last layer with weights and of all that follows it."
-    made_by, name, names = {n.output[0]: n for n in graph.node}, graph.output[0].name, []
-    while name in made_by:
-        node = made_by[name]
+    "Names of the last layer with weights, of each network that is averaged, and of all that follows."
+    made_by, todo, names = {n.output[0]: n for n in graph.node}, [graph.output[0].name], []
+    while todo:
+        node = made_by.get(todo.pop())
+        if node is None: continue
         names.append(node.name)
-        if node.op_type in ("Gemm", "MatMul", "Conv"): break
-        name = node.input[0]
+        if node.op_type not in ("Gemm", "MatMul", "Conv"): todo += node.input if node.op_type == "Mean" else node.input[:1]  # the mean of several networks has several ends
     return names
 
 # %% ../nbs/08_export.ipynb #a507cb20
@@ -311,6 +311,7 @@ def open_graph(
 def _resized(faces, size):
     "uint8 [n, h, w] to [n, size, size], as prediction resizes them."
     if faces.shape[1:] == (size, size): return faces
+    if not len(faces): return np.empty((0, size, size), np.uint8)
     cv2 = import_cv2()
     return np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA if f.shape[0] > size else cv2.INTER_LINEAR) for f in faces])
 
@@ -360,7 +361,7 @@ def _range_faces(table, img_size, n=512):
     return part.pixels
 
 def _describe(calibration, usage):
-    "A calibration as a card tells it, and on which faces it was fitted."
+    "A calibration as a card tells it, and on which faces it was fitted, as far as that is known."
     return None if calibration is None else asdict(calibration) | dict(fitted_on=usage)
 
 def _score_splits(predict_faces, table, img_size, known):
@@ -395,12 +396,13 @@ def export_model(
     ranges = _range_faces(table, img_size) if weights == "int8" else np.empty((0, img_size, img_size), np.uint8)
     graph = create_onnx(whole)
     graph = halve_weights(graph) if weights == "float16" else quantize_graph(graph, ranges) if weights == "int8" else graph
-    if calibration is None and usage == "PublicTest" and len(faces) >= 10: calibration = fit_calibration(open_graph(graph)(faces), emotion)
+    fitted_on = None  # a calibration that was given is not ours to tell of
+    if calibration is None and usage == "PublicTest" and len(faces) >= 10: calibration, fitted_on = fit_calibration(open_graph(graph)(faces), emotion), usage
     if calibration: graph = calibrate_graph(graph, calibration)
     predict_faces, reference = open_graph(graph), whole.predict_faces(faces)
     probs = _in_batches(predict_faces, faces)
     parity = check_report(parity_report(probs, calibration.apply(reference) if calibration else reference, emotion), weights, limits)
-    card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, calibration=_describe(calibration, usage), n_params=count_parameters(model),
+    card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, calibration=_describe(calibration, fitted_on), n_params=count_parameters(model),
                 stats=stats, weights=weights, parity=dict(against="PyTorch", faces=usage) | parity) | about
     if table is not None: card["scores"] = _score_splits(predict_faces, table, img_size, {usage: probs})
     return write_model(out, graph, card)
@@ -421,7 +423,7 @@ def export_run(
     Raises `FileNotFoundError` where `run` is not a run, and `ValueError` as `export_model` does."""
     run, model = Path(run).expanduser(), load_run(Path(run).expanduser())
     recipe, facts = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
-    entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid, licence="Apache-2.0",
+    entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid,
                    **{k: facts.get(k) for k in ("commit", "data", "teachers", "hardware", "versions", "train_minutes", "date", "best_epoch")})
     return export_model(model, out, None if table is None else prepare_table(recipe, table), classes=tuple(facts["data"]["classes"]),
                         stats=recipe.stats,  # type: ignore[arg-type]  # a run knows its stats

@@ -482,12 +482,14 @@ def plot_runs(
 ):
     "The curves of several runs. Returns the Axes as an array. Raises `ValueError` for a metric that a run did not write down."
     if by not in ("epoch", "minutes"): raise ValueError(f"by={by!r}: expected epoch or minutes")
-    histories = {Path(run).name: read_history(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)}
-    for name, rows in histories.items():
+    folders = [Path(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
+    short = [f.name for f in folders]
+    histories = [(f.name if short.count(f.name) == 1 else f"{f.parent.name}/{f.name}", read_history(f)) for f in folders]
+    for name, rows in histories:
         missing = [m for m in metrics if m not in rows]
         if missing: raise ValueError(f"{name} has no {', '.join(missing)} in its history: expected among {', '.join(rows)}")
     _, axs = plt.subplots(1, len(metrics), figsize=(4.5*len(metrics), 3), squeeze=False, layout="constrained")
-    for name, rows in histories.items():
+    for name, rows in histories:
         at = rows.index if by == "epoch" else rows["seconds"].cumsum()/60
         for ax, m in zip(axs[0], metrics): ax.plot(at, rows[m], label=name, marker="." if len(rows) < 3 else None)
     for ax, m in zip(axs[0], metrics): ax.set(xlabel=by, ylabel=m.replace("_", " ")); ax.spines[["top", "right"]].set_visible(False)

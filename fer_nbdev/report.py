@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .core import EMOTIONS, import_cv2, require, write_whole
-from .data import FER2013
+from .data import FER2013, split_names
 from .calibrate import fit_temperature
 from .evaluate import (Evaluation, check_probs, class_curves, compare_models, face_losses, most_confused,
                                 plot_calibration, plot_confusion, plot_precision_recall, plot_roc, report_text)
@@ -283,11 +283,18 @@ _CONTENTS = [("about", "What was evaluated"), ("classes", "Classes"), ("confusio
              ("mistakes", "Mistakes"), ("answers", "Answers"), ("comparison", "Comparison")]
 
 # %% ../nbs/06b_report.ipynb #ea9d6ec6
+def _splits(names):
+    "The splits that an entry of a card names; none where it is a share of Training, or says nothing."
+    try: return split_names(names) if isinstance(names, str) else ()
+    except ValueError: return ()
+
 def _caveat(about):
     "What flatters the scores of this split, if anything does."
     if "Training" in about["split"]: return "Training rows are among these faces; a model that was trained on them may remember them."
-    selected = set(str(about["card"].get("selected_on")).split("+")) & set(about["split"].split("+"))
-    return f"{' and '.join(sorted(selected))} selected the epoch, so these scores are flattered." if selected else ""
+    card = about["card"]
+    uses = {"selected the epoch": card.get("selected_on"), "fitted the calibration": str(card.get("calibration")).partition("fitted on ")[2]}
+    told = {use: splits for use, names in uses.items() if (splits := sorted({*_splits(names)} & {*_splits(about["split"])}))}
+    return " and ".join(f"{' and '.join(splits)} {use}" for use, splits in told.items()) + ", so these scores are flattered." if told else ""
 
 def _number(x, key, sign=""):
     "A score as people write it: shares in percent, the log loss as it is."
@@ -295,7 +302,7 @@ def _number(x, key, sign=""):
 
 def _words(key): return dict(n_params="parameters", img_size="face size in pixels", selected_on="epoch selected on", data="trained on", date="trained", sha256="sha256 of the file").get(key, key.replace("_", " "))
 
-def _fact(x): return f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+def _fact(x): return f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
 
 def _percent(p): return f"{p:.1%}" if p < .01 else f"{p:.0%}"
 

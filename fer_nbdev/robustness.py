@@ -208,7 +208,8 @@ def _collect(results):
     "The rows of one or of several results."
     many = results if isinstance(results, (list, tuple)) else [results]
     rows = pd.concat([r.to_pandas() if isinstance(r, Robustness) else pd.DataFrame(r) for r in many], ignore_index=True)
-    if rows.duplicated(["model", "corruption", "severity"]).any(): raise ValueError(f"two results are called {rows.model[0]!r}: give each a name, evaluate_robustness(..., name=...)")
+    twice = rows.duplicated(["model", "corruption", "severity"])
+    if twice.any(): raise ValueError(f"two results are called {rows.model[twice].iloc[0]!r}: give each a name, evaluate_robustness(..., name=...)")
     return rows
 
 def plot_robustness(
@@ -229,7 +230,7 @@ def plot_robustness(
         mine = rows[rows.corruption.isin(["none", name])].sort_values("severity")
         for i, (model, line) in enumerate(mine.groupby("model", sort=False)):
             for metric, style in zip(metrics, ("-", "--", ":", "-.")): ax.plot(line.severity, line[metric], style, color=f"C{i}", marker="o", ms=3, lw=1.3, label=f"{model}: {metric}")
-        ticks = line[line.severity > 0]
+        ticks = mine[mine.severity > 0].drop_duplicates("severity")
         ax.set_xticks([0, *ticks.severity], ["as is", *(f"{s:g}" for s in ticks.strength)], fontsize=7)
         ax.set_title(name, fontsize=9); ax.set_xlabel(ticks.unit.iloc[0], fontsize=7); ax.tick_params(axis="y", labelsize=7); ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", lw=.4, alpha=.6)
@@ -287,7 +288,7 @@ def accuracy_by_group(
     n_resamples: int = 2000,  # draws for the intervals
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:
-    """A row for each group, and one for all: faces, accuracy, low and high (its 95% bootstrap interval), confidence (its mean), and with `emotion`
+    """A row for each group, one for the faces without a group (None or NaN) if there are any, and one for all: faces, accuracy, low and high (its 95% bootstrap interval), confidence (its mean), and with `emotion`
     called_wrongly, the share of the faces of other classes that are given it. Raises `ValueError` where there is not one value a face, and for an unknown class."""
     groups, t, probs = np.asarray(groups), evaluation.table, evaluation.probs
     if groups.shape != (len(t),): raise ValueError(f"groups of shape {groups.shape} for {len(t):,} faces: expected one value a face; `evaluation.rows` says where the faces stand in the table")
@@ -300,5 +301,8 @@ def accuracy_by_group(
         e = t.classes.index(emotion)
         others = m & (t.emotion != e)
         return found | dict(called_wrongly=(answer == e)[others].mean() if others.any() else np.nan)
-    masks = {g: groups == g for g in np.unique(groups).tolist()} | dict(all=np.full(len(t), True))
+    unknown = pd.isna(groups)
+    masks = {g: groups == g for g in np.unique(groups[~unknown]).tolist()} | ({None: unknown} if unknown.any() else {})
+    if "all" in masks: raise ValueError("a group is called 'all', which is the name of the last row: choose another")
+    masks |= dict(all=np.full(len(t), True))
     return pd.DataFrame([line(m) for m in masks.values()], index=pd.Index(masks, name="group"))

@@ -6,9 +6,9 @@
 __all__ = ['NO_FACE', 'DatasetSummary', 'predict_dataset']
 
 # %% ../nbs/13_scale.ipynb #f4f07f69
-import csv, glob, hashlib, io, itertools, json, logging, math, os, platform, re, tempfile
+import csv, glob, hashlib, io, itertools, json, logging, math, os, platform, re, tempfile, threading
 from collections.abc import Callable
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -43,6 +43,7 @@ class _Places:
         head, _, rest = address.partition('::')
         kind, _, inner = head.rpartition('://')
         if kind in ('', 'file', 'local'): return path
+        if path.startswith(f'{kind}://'): return path + ('::' + rest if rest else '') # web servers: their paths are whole addresses
         host, root = inner.split('/')[0], self(address)[1]
         host = '' if root.lstrip('/').startswith(host) else host # buckets are a part of the path, hosts are not
         return f'{kind}://{host}{path}' + ('::' + rest if rest else '')
@@ -74,6 +75,8 @@ def _find_files(places, source):
     none = True
     for p, size in found:
         if Path(p).suffix.lower() not in wanted: continue
+        try: p.encode()
+        except UnicodeEncodeError: raise ValueError(f'the name of {p!r} is not UTF-8: rename the file') from None
         none = False
         yield places.name(source, p), size
     if none: raise ValueError(f'no images in {source!r}: expected files ending in {" ".join(sorted(wanted))}; tables in a folder are named by a pattern, such as folder/*.parquet')
@@ -89,12 +92,13 @@ def _image_column(names, wanted, table):
 
 def _pixels(values):
     "Numbers 0 to 255 -> a square uint8 array"
-    try: pixels = np.array(values, np.int64)
-    except (ValueError, OverflowError): raise ValueError('the pixels of this row are not whole numbers') from None
-    side = int(len(pixels)**.5)
-    if side == 0 or side * side != len(pixels): raise ValueError(f'the pixels of this row are no square: there are {len(pixels)}')
-    if pixels.min() < 0 or pixels.max() > 255: raise ValueError(f'the pixels of this row go from {pixels.min()} to {pixels.max()}; expected 0 to 255')
-    return pixels.astype(np.uint8).reshape(side, side)
+    try: numbers = np.array(values, np.float64)
+    except (ValueError, OverflowError, TypeError): numbers = np.array([np.nan])
+    if not (np.isfinite(numbers).all() and (numbers == np.rint(numbers)).all()): raise ValueError('the pixels of this row are not whole numbers')
+    side = int(len(numbers)**.5)
+    if side == 0 or side * side != len(numbers): raise ValueError(f'the pixels of this row are no square: there are {len(numbers)}')
+    if numbers.min() < 0 or numbers.max() > 255: raise ValueError(f'the pixels of this row go from {numbers.min():g} to {numbers.max():g}; expected 0 to 255')
+    return numbers.astype(np.uint8).reshape(side, side)
 
 def _beside(table, path):
     "A path in a table means a file beside the table, unless it says where it is"
@@ -105,7 +109,8 @@ def _beside(table, path):
 def _cell(value, table):
     "A value of the image column -> bytes, a path, an array, or the error that says why it is none of them"
     if isinstance(value, dict): value = value.get('bytes') or value.get('path') # as Hugging Face stores images
-    if value is None or len(value) == 0: return ValueError('this row has no image')
+    if value is not None and not isinstance(value, (bytes, str, list)): return ValueError(f'this row has {value!r:.40} for an image: expected bytes, a path or a list of pixels; column= names another column')
+    if not value: return ValueError('this row has no image')
     if isinstance(value, bytes): return value
     if isinstance(value, str) and not re.fullmatch(r'\s*\d+(\s+\d+)+\s*', value): return _beside(table, value.strip())
     try: return _pixels(value.split() if isinstance(value, str) else value)
@@ -153,7 +158,7 @@ def _csv_entries(file, entry, part_size):
         yield entry._replace(row=i * part_size, rows=len(some), start=some[0][0], stop=some[-1][1])
 
 def _parquet_entries(file, entry, part_size, most=8):
-    "The ranges of a parquet file: a group of rows is cut into `most` ranges at most, since who wants the last has to read over the others"
+    "The ranges of a parquet file: a group of rows is cut into `most` ranges at most, however large they are, since who wants the last has to read over the others"
     first = 0
     for n in (file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)):
         step = -(-n // min(most, -(-n // part_size))) if n else 1
@@ -161,7 +166,7 @@ def _parquet_entries(file, entry, part_size, most=8):
         first += n
 
 def _entries(places, files, part_size, column):
-    "Files as entries of at most `part_size` images, tables cut into ranges; raises for a table without images"
+    "Files as entries of `part_size` images at most (large groups of rows in parquet: more), tables cut into ranges; raises for a table without images"
     for address, size in files:
         entry = _Entry(address, size)
         if _kind(address) not in _TABLES: yield entry; continue
@@ -260,7 +265,6 @@ class _Output:
         if 'file' in (fs.protocol, *fs.protocol):
             with write_whole(path) as temp:
                 yield temp
-                with open(temp, 'rb') as file: os.fsync(file.fileno())
             return
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)/name
@@ -292,12 +296,15 @@ class _Output:
 # %% ../nbs/13_scale.ipynb #2416679d
 NO_FACE = "no face"  # the emotion in the row of an image in which no face was found
 
+_archive = threading.Lock() # readers of a tar file share one open file, and none may move it under another
+
 def _answers(predictor, places, images, readers, at_once):
     "(name, predictions or an error) for pairs of a name and what to read"
     error = import_cv2().error
     def fetch(address):
         fs, path = places(address)
-        try: return fs.cat_file(path)
+        try:
+            with _archive if {'tar', 'libarchive'} & {*np.atleast_1d(fs.protocol)} else nullcontext(): return fs.cat_file(path)
         except FileNotFoundError: raise FileNotFoundError(f'there is no file {address!r}') from None
         except Exception as e: raise OSError(f'{address!r} cannot be read: {e}') from e # file systems raise whatever they like
     def look(item):
@@ -362,7 +369,7 @@ def _end(output, marks):
 def _fingerprint(predictor):
     "What decides the answers: models and detector by their checksums, and the settings"
     name, file = _choose(predictor.detector)
-    return dict(models={m.card['name']: m.card['files']['model.onnx']['sha256'] for m in predictor._models}, classes=list(predictor.classes),
+    return dict(models=[[m.card['name'], m.card['files']['model.onnx']['sha256']] for m in predictor._models], classes=list(predictor.classes),
                 detector=name, yunet=hashlib.sha256(Path(file).read_bytes()).hexdigest() if name == 'yunet' else None,
                 margin=predictor._crop.get('margin'), align=predictor.align, tta=predictor.tta, min_confidence=predictor.min_confidence)
 

@@ -177,14 +177,19 @@ def _describe_same_data(table):
         if other["sha256"] != ranks[0]["sha256"]: raise ValueError(f"rank {rank} has read other data than rank 0: {other['source']}, {other['rows']}")
     return data
 
+def _commit():
+    "The commit that this package is checked out at; empty where it is installed, perhaps below a repository of somebody else."
+    def git(*words): return subprocess.run(["git", *words], cwd=str(resources.files("fer_nbdev")), capture_output=True, text=True)
+    if not shutil.which("git") or git("ls-files", "--error-unmatch", "__init__.py").returncode: return ""
+    return git("rev-parse", "HEAD").stdout.strip()
+
 def _describe_machine(device):
     "Processor or GPU, threads and versions."
     from fer_nbdev import __version__
     name = platform.processor() or platform.machine()
     if torch.device(device).type == "cuda": name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists(): name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=str(resources.files("fer_nbdev")), capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return dict(hardware=f"{name}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}" if torch.device(device).type == "cpu" else name, commit=commit or f"v{__version__}",
+    return dict(hardware=f"{name}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}" if torch.device(device).type == "cpu" else name, commit=_commit() or f"v{__version__}",
                 versions={m.__name__: m.__version__ for m in (torch, np)} | dict(fer_nbdev=__version__, python=platform.python_version()))
 
 # %% ../nbs/05_train.ipynb #bb6d76d1

@@ -15,7 +15,6 @@ import logging
 import lzma
 import os
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -413,6 +412,7 @@ def reset_peak():
     return peak()
 
 def _address_space():
+    import resource  # not on Windows
     with open("/proc/self/statm") as f: return int(f.read().split()[0]) * resource.getpagesize()
 
 def work(name, seed, first, cases, seconds, mark=None):
@@ -423,7 +423,9 @@ def work(name, seed, first, cases, seconds, mark=None):
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         target = TARGETS[name](Path(folder))
         for data in target.seeds[:2]: target.run(data if name != "fer2013 archive" else b"\0" + data)  # imports, before memory is counted
-        if sys.platform == "linux": resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEGABYTES * 2**20,) * 2)
+        if sys.platform == "linux":
+            import resource
+            resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEGABYTES * 2**20,) * 2)
         start, n, most = time.perf_counter(), first, reset_peak()
         while (cases is None or n < first + cases) and (seconds is None or time.perf_counter() - start < seconds):
             if mark is not None: os.pwrite(mark, struct.pack("<q", n), 0)

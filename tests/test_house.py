@@ -258,6 +258,12 @@ def test_every_benchmark_is_in_the_table():
         assert path.stem[0] == "_" or f"`{path.name}`" in table, f"bench/README.md does not mention {path.name}"
 
 
+def test_every_extra_that_an_error_names_exists():
+    asked = {extra for path in (ROOT / "fer_nbdev").glob("*.py") for extra in re.findall(r"\brequire\([^()]+, ['\"](\w+)['\"]\)", path.read_text(encoding="utf-8"))}
+    known = {line.partition("_requirements")[0] for line in (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines() if "_requirements" in line}
+    assert asked and asked <= known, asked - known
+
+
 def test_workflows_are_valid_and_pinned():
     import yaml
     workflows = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))

@@ -3,7 +3,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -99,6 +98,7 @@ HEAVY = {"recipe.yaml": _recipe, "last.safetensors": _weights, "model.onnx": _mo
 @contextlib.contextmanager
 def _small_files(limit):
     "No file of this process may grow beyond `limit` bytes: the portable way to a full disk."
+    import resource  # not on Windows
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
