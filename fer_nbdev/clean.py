@@ -305,6 +305,13 @@ def find_label_issues(
     names = np.array(table.classes)
     return pd.DataFrame(dict(row=rows, label=names[table.emotion[rows]], suggested=names[probs[rows].argmax(1)], score=score.astype(np.float32)))
 
+def _relabel(table, rows, labels):
+    "The table with other labels for some rows; where it has `soft`, they get one share of 1 for it."
+    emotion, soft = table.emotion.copy(), None if table.soft is None else table.soft.copy()
+    emotion[rows] = labels
+    if soft is not None: soft[rows] = np.eye(len(table.classes), dtype=np.float32)[labels]
+    return replace(table, emotion=emotion, soft=soft)
+
 def plant_label_errors(
     table: FER2013,  # faces and labels
     share: float = .05,  # of the Training rows
@@ -314,11 +321,7 @@ def plant_label_errors(
     if not 0 < share < 1: raise ValueError(f"share={share}: expected a number between 0 and 1")
     rng, train = np.random.default_rng(seed), np.flatnonzero(table.usage == "Training")
     rows = np.sort(rng.permutation(train)[:round(share*len(train))])
-    emotion = table.emotion.copy()
-    emotion[rows] = (emotion[rows] + rng.integers(1, len(table.classes), len(rows))) % len(table.classes)
-    soft = None if table.soft is None else table.soft.copy()
-    if soft is not None: soft[rows] = np.eye(len(table.classes), dtype=np.float32)[emotion[rows]]
-    return replace(table, emotion=emotion, soft=soft), rows
+    return _relabel(table, rows, (table.emotion[rows] + rng.integers(1, len(table.classes), len(rows))) % len(table.classes)), rows
 
 # %% ../nbs/07a_clean.ipynb #3646249e
 NOT_A_FACE = "not a face"  # what FER+ calls NF
@@ -358,7 +361,7 @@ def _kept_row(table, rows, said):
 def _copy_findings(table, copies, said):
     "Findings for all rows of all groups but the one that is kept of each."
     found, exact = [], find_duplicates(table).first
-    similarity = {tuple(sorted(pair)): s for pair, s in zip(copies.pairs.tolist(), copies.similarity)} if hasattr(copies, "pairs") else {}
+    similarity = dict(zip(map(tuple, copies.pairs.tolist()), copies.similarity)) if hasattr(copies, "pairs") else {}  # by two rows, the smaller one first
     def alike(a, b): return 1. if exact[a] == exact[b] else similarity.get(tuple(sorted((exact[a], exact[b]))), 0.)
     for group in map(np.array, copies.groups):
         train = table.usage[group] == "Training"
@@ -481,13 +484,11 @@ def apply_findings(
     data (pixels, splits or labels differ), touch a test row, name an unknown class, or give a row two labels; and as `read_findings` does."""
     found, path = (findings, None) if isinstance(findings, pd.DataFrame) else (read_findings(findings), findings)
     _check_findings(found, table, path)
-    keep, emotion, soft = np.ones(len(table), bool), table.emotion.copy(), None if table.soft is None else table.soft.copy()
+    keep = np.ones(len(table), bool)
     keep[found.row[found.action == "drop"]] = False
     new = found[(found.action == "relabel") & keep[found.row]].drop_duplicates(["row", "new_label"])
     _refuse(new.row.duplicated(), new, path, "row {f.row} is relabelled two ways, here to {f.new_label!r}: decide for one")
-    emotion[new.row] = [table.classes.index(c) for c in new.new_label]
-    if soft is not None: soft[new.row] = np.eye(len(table.classes), dtype=np.float32)[emotion[new.row]]
-    return replace(table, emotion=emotion, soft=soft)[keep]
+    return _relabel(table, new.row, np.array([table.classes.index(c) for c in new.new_label], np.int64))[keep]
 
 # %% ../nbs/07a_clean.ipynb #c15934a3
 def _opinions(table, finding, probs=None):

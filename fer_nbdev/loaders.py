@@ -68,6 +68,12 @@ class PILFace(PILImageBW):
     _show_args, _tensor_cls = dict(cmap="gray"), TensorFace
 
 # %% ../nbs/02_loaders.ipynb #7062a1f1
+def _valid_or_tenth(valid, usage):
+    "The split or fraction that validates; a tenth of Training, and a line that says so, in place of a split of which there are no rows."
+    if not isinstance(valid, str) or np.isin(usage, split_names(valid)).any(): return valid
+    print(f"No {valid} rows: validating on a tenth of Training")
+    return .1
+
 class FERSplitter:
     """Splitter by `usage`: Training rows train; `valid` names the split that validates, or is a fraction of Training.
 
@@ -86,11 +92,9 @@ class FERSplitter:
         usage, emotion = (np.array([getattr(r, k) for r in rows]) for k in ("usage", "emotion"))
         train = np.flatnonzero(usage == "Training")
         if len(train) == 0: raise ValueError("no Training rows in the table: there is nothing to train on")
-        if not isinstance(self.valid, str): return self._fraction(train, emotion, self.valid)
-        valid = np.flatnonzero(np.isin(usage, split_names(self.valid)))
-        if len(valid): return train.tolist(), valid.tolist()
-        print(f"No {self.valid} rows: validating on a tenth of Training")
-        return self._fraction(train, emotion, .1)
+        valid = _valid_or_tenth(self.valid, usage)
+        if not isinstance(valid, str): return self._fraction(train, emotion, valid)
+        return train.tolist(), np.flatnonzero(np.isin(usage, split_names(valid))).tolist()
 
     def _fraction(self, train, emotion, fraction):
         rng = np.random.default_rng(self.seed)

@@ -34,10 +34,10 @@ from sklearn.model_selection import StratifiedKFold
 
 from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
 from .core import write_whole
-from .data import FER2013, draw_per_class, select_classes, split_names
+from .data import FER2013, draw_per_class, select_classes
 from .distill import Distill, describe_teachers, open_teachers
 from .distributed import _from_all, distribute, from_rank0, start_ranks
-from .loaders import fer_dls
+from .loaders import _valid_or_tenth, fer_dls
 from .losses import class_weights, create_loss
 from .models import count_parameters, create_model, head_parameters, input_stats
 from .recipe import OPTIMIZERS, Recipe, create_augment, plain_recipe, read_recipe
@@ -217,9 +217,7 @@ def _choose_recipe(out, recipe, resume, table):
     if begun and not resume: raise ValueError(f"{out} already holds a run: resume it (resume=True, --resume) or choose another folder")
     if recipe is None and not begun: raise ValueError(f"{out} holds no run to resume: give a recipe")
     if recipe is None: return read_recipe(out/"recipe.yaml")
-    if isinstance(recipe.valid, str) and not np.isin(table.usage, split_names(recipe.valid)).any():
-        print(f"No {recipe.valid} rows: validating on a tenth of Training")
-        recipe = replace(recipe, valid=.1)  # what is written down shall be what was done
+    recipe = replace(recipe, valid=_valid_or_tenth(recipe.valid, table.usage))  # what is written down shall be what was done
     return recipe if recipe.stats else replace(recipe, stats=input_stats(recipe.arch, recipe.pretrained))
 
 def _read_checkpoint(out, recipe, data, teachers):

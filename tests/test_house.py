@@ -258,6 +258,11 @@ def test_every_benchmark_is_in_the_table():
         assert path.stem[0] == "_" or f"`{path.name}`" in table, f"bench/README.md does not mention {path.name}"
 
 
+def test_notebooks_carry_no_state_of_widgets():
+    for path in NBS.rglob("*.ipynb"):
+        assert json.loads(path.read_text(encoding="utf-8"))["metadata"].keys() <= {"kernelspec"}, f"{name_of(path)} holds more than its kernel's name: megabytes, if it is what widgets showed"
+
+
 def test_every_extra_that_an_error_names_exists():
     asked = {extra for path in (ROOT / "fer_nbdev").glob("*.py") for extra in re.findall(r"\brequire\([^()]+, ['\"](\w+)['\"]\)", path.read_text(encoding="utf-8"))}
     known = {line.partition("_requirements")[0] for line in (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines() if "_requirements" in line}
