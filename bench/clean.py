@@ -289,11 +289,11 @@ def answer(results):
     "The findings in a sentence."
     c, p = results["copies"], results["planted"]
     judge = list(results["judges"])[-1]
-    name, arm = list(results["judges"][judge]["effect"]["arms"].items())[-1]
-    gains = {what: [100 * g for g in arm["gain"]["PrivateTest"][k]] for k, what in (("unseen", "unseen PrivateTest faces"), ("ferplus", "the majority of FER+")) if k in arm["gain"]["PrivateTest"]}
+    arms = {name: arm["gain"]["PrivateTest"] for name, arm in results["judges"][judge]["effect"]["arms"].items() if "gain" in arm}
+    def points(kind): return ", ".join(f"{name} {100 * sum(g[kind]) / len(g[kind]):+.1f}" for name, g in arms.items() if kind in g)
+    by_votes = f"; on the majority of FER+ {points('ferplus')}, whose voters corrected the labels of the last" if points("ferplus") else ""
     return (f"{c['all']['rows']:,} rows show a picture that an earlier row shows, {c['exact']['rows']:,} of them byte for byte; {c['all']['leaks']['PrivateTest in Training']:,} PrivateTest faces are in Training. "
-            f"Planted copies are found with recall {p['recall']:.3f}, precision {p['precision']:.3f}. Training rows cleaned {name} ({judge}): "
-            + ", ".join(f"{sum(g) / len(g):+.1f} points on {what}" for what, g in gains.items()))
+            f"Planted copies are found with recall {p['recall']:.3f}, precision {p['precision']:.3f}. What Training rows without the faults bring ({judge}), in points on unseen PrivateTest faces: {points('unseen')}{by_votes}")
 
 
 def parse_args():

@@ -66,7 +66,7 @@ def main():
     training = found.get("Training", {})
     report("kills", dict(kills=kills, failures=failures, writers=found, ms_to_write={str(k): v for k, v in cost_of_fsync().items()}), seed=a.seed,
            question="Does a kill at any moment leave half a file?",
-           answer=f"{kills} kills of {len(found)} writers: {len(failures)} left anything but the old or the new; {training.get('resumed', 0)} killed trainings went on, to the same weights")
+           answer=f"{kills} kills of {len(found)} writers: {len(failures)} writers left anything but the old or the new, hidden temporary files aside; {training.get('resumed', 0)} killed trainings went on, to the same weights")
     return bool(failures)
 
 

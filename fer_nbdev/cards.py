@@ -9,7 +9,7 @@ __all__ = ['write_model', 'read_card', 'weights_folder', 'bundled_models', 'find
 import hashlib, json, os
 from pathlib import Path
 
-from .core import read_checked, spare_path, write_whole
+from .core import expand_home, read_checked, spare_path, write_whole
 
 # %% ../nbs/00a_cards.ipynb #1e599be9
 def write_model(
@@ -80,7 +80,7 @@ def find_model(
     if isinstance(model, str):
         if (weights_folder()/model/'card.json').is_file() and Path(model).name == model: return weights_folder()/model
     elif not isinstance(model, os.PathLike): raise ValueError(f'a model is a name or a folder, got {type(model).__name__}')
-    path = Path(model).expanduser()
+    path = Path(expand_home(model))
     if path.is_dir(): return path.resolve()
     tip = f'; {str(path)!r} is a file: pass its folder' if path.is_file() else ''
     raise ValueError(f'unknown model {str(model)!r}: the bundled ones are {", ".join(map(repr, bundled_models())) or "(none)"}, '

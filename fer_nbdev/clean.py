@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 from fastcore.basics import patch
 
-from .core import import_cv2, require, write_whole
+from .core import expand_home, import_cv2, require, write_whole
 from .data import FER2013, Duplicates, find_duplicates
 from .votes import FERPLUS_CLASSES, FERPlus
 from .interpret import open_network
@@ -427,14 +427,14 @@ def write_findings(
     path,  # csv file to write
 ):
     "Write findings as csv, whole or not at all."
-    with write_whole(Path(path).expanduser()) as tmp: findings[list(_COLUMNS)].assign(related=findings.related.where(findings.related >= 0, "")).to_csv(tmp, index=False, lineterminator="\n")
+    with write_whole(Path(expand_home(path))) as tmp: findings[list(_COLUMNS)].assign(related=findings.related.where(findings.related >= 0, "")).to_csv(tmp, index=False, lineterminator="\n")
 
 def read_findings(
     path,  # csv file that `write_findings` wrote, and a person may have edited
 ) -> pd.DataFrame:
     """Findings of a csv; the index is the number of the line, less two. Raises `FileNotFoundError`, or `ValueError` that names the line:
     a missing column, no number where one belongs, an unknown kind or action, `relabel` without a class in `new_label`."""
-    path = Path(path).expanduser()
+    path = Path(expand_home(path))
     if not path.is_file(): raise FileNotFoundError(f"no findings at {path}: expected a csv that write_findings wrote")
     try: found = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False).fillna("")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OverflowError) as e: raise ValueError(f"{path}: cannot be read as csv ({e})") from None
@@ -554,7 +554,7 @@ class FindingsReviewer:
         if batch < 1 or not set(kinds) <= set(FINDING_KINDS): raise ValueError(f"batch={batch}, kinds={kinds}: expected at least one card, and kinds among {', '.join(FINDING_KINDS)}")
         if not set(labels or ()) <= set(table.classes): raise ValueError(f"labels={labels}: expected among {', '.join(table.classes)}")
         w = require("ipywidgets", "train")
-        self.table, self.path, self.probs, self.batch, self.start = table, Path(path).expanduser(), probs, batch, 0
+        self.table, self.path, self.probs, self.batch, self.start = table, Path(expand_home(path)), probs, batch, 0
         self.findings = read_findings(path)
         _check_findings(self.findings, table, path)
         dropped = self.findings.action == "drop"

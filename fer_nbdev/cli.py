@@ -8,13 +8,14 @@ __all__ = ['app', 'main', 'find_images', 'predict', 'video', 'webcam', 'serve', 
 
 # %% ../nbs/14_cli.ipynb #b1e67778
 import csv, glob, io, json, os, sys, warnings
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import normalize
 
 import typer
 
-from .core import read_image, require, sample_portrait, write_whole
+from .core import expand_home, read_image, require, sample_portrait, write_whole
 from .data import IMAGE_SUFFIXES
 
 # %% ../nbs/14_cli.ipynb #c970b158
@@ -55,7 +56,7 @@ def find_images(
 ) -> list:
     "The images behind command-line arguments, in order and each once. A folder or pattern without any raises `ValueError`; a missing file is kept, to be reported when it is read."
     found = []
-    for a in map(str, arguments):
+    for a in map(expand_home, arguments):
         if a == "-" or not (Path(a).is_dir() or glob.has_magic(a) and not Path(a).exists()): found.append(a); continue
         paths = Path(a).rglob("*") if Path(a).is_dir() else map(Path, glob.glob(a, recursive=True))
         images = sorted(str(p) for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
@@ -74,11 +75,17 @@ def _csv_lines(rows):
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue().rstrip("\n")
 
+def _begin_csv(columns):
+    "Print the line of names. In a file or a pipe every name has to be what it is, whatever the terminal could show."
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty(): sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    print(_csv_lines([columns]))
+
 def _csv_faces(image, preds):
     "One csv row a face: image, face number, box, emotion, confidence, probabilities."
     from fer_nbdev.inference import _csv_rows
     return _csv_lines(_csv_rows(image, preds))
 
+# %% ../nbs/14_cli.ipynb #bf8b37a7
 def _shown(text, instead):
     "A text, or what stands for it where standard output cannot carry it."
     try: text.encode(sys.stdout.encoding or "utf-8")
@@ -133,11 +140,15 @@ def _annotate(out, picture, name, preds):
 
 def _names(images):
     "A different file stem for every image, also where capitals and small letters are the same."
-    taken, names = set(), []
+    taken, names = {}, []  # a name as file systems compare it -> the number that the next one like it tries first
+    def plain(name): return normalize("NFC", name).casefold()
     for image in images:
-        stem = "stdin" if image == "-" else Path(image).stem
-        names.append(next(name for name in chain([stem], (f"{stem}-{n}" for n in count(2))) if name.casefold() not in taken))
-        taken.add(names[-1].casefold())
+        stem = name = "stdin" if image == "-" else Path(image).stem
+        for n in count(taken.get(plain(stem), 2)):
+            if plain(name) not in taken: break
+            name, taken[plain(stem)] = f"{stem}-{n}", n + 1
+        taken[plain(name)] = 2
+        names.append(name)
     return names
 
 # %% ../nbs/14_cli.ipynb #1b4cc02d
@@ -190,7 +201,7 @@ def _predict_here(images, workers, as_json, as_csv, annotate, latency, **setting
     from fer_nbdev.inference import _COLUMNS, Predictor
     predictor, done = Predictor(**settings), []
     if annotate: annotate.mkdir(parents=True, exist_ok=True)
-    if as_csv: print(_csv_lines([[*_COLUMNS, *predictor.classes]]))
+    if as_csv: _begin_csv([*_COLUMNS, *predictor.classes])
     answers = predictor.predict_many([_source(image) for image in images], workers)
     for image, name, (source, preds) in zip(images, _names(images), _progress(answers, len(images), on=len(images) > 4)):
         _print_answer(image, preds, as_json, as_csv)
@@ -501,7 +512,7 @@ def _report(run, table):
 def _print_card(card, out):
     "The scores of an exported model, what its calibration is worth, and where it is."
     for usage, s in card.get("scores", {}).items(): print(f"{usage}: accuracy {s['accuracy']:.1%}, macro F1 {s['macro_f1']:.3f}, ECE {s['ece']:.3f}")
-    if (c := card.get("calibration")) and c["losses"]: print(f"calibration: {c['method']}; log loss on {c['fitted_on']} faces that it was not fitted on: " + ", ".join(f"{m} {v:.3f}" for m, v in c["losses"].items()))
+    if (c := card.get("calibration")) and c["losses"]: print(f"calibration: {c['method']}; log loss on {c['fitted_on'] + ' ' if c['fitted_on'] else ''}faces that it was not fitted on: " + ", ".join(f"{m} {v:.3f}" for m, v in c["losses"].items()))
     print(f"model: {out}")
 
 # %% ../nbs/14_cli.ipynb #7bbc9e90
@@ -577,8 +588,9 @@ def _print_card_and_speed(predictor, split):
 
 def _print_scores(s, title):
     "A row for each class and a line of sums."
+    from rich.markup import escape
     from rich.table import Table
-    table = Table("class", "precision", "recall", "F1", "faces", title=title)
+    table = Table("class", "precision", "recall", "F1", "faces", title=escape(title))
     for c, v in s["per_class"].items(): table.add_row(c, f"{v['precision']:.3f}", f"{v['recall']:.3f}", f"{v['f1']:.3f}", f"{v['support']:,}")
     _console().print(table)
     print(f"accuracy {s['accuracy']:.2%}  macro F1 {s['macro_f1']:.3f}  log loss {s['log_loss']:.3f}  ECE {s['ece']:.3f}  ({s['n']:,} faces)")

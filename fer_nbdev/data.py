@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import EMOTIONS, import_cv2, read_image, write_whole
+from .core import EMOTIONS, expand_home, import_cv2, read_image, write_whole
 
 # %% ../nbs/01_data.ipynb #08c12842
 USAGES = ("Training", "PublicTest", "PrivateTest")  # the splits of the 2013 challenge
@@ -384,7 +384,7 @@ def read_fer2013(
     Folder images of another size or in colour are converted to 48x48 grayscale. Rows keep their order.
     Raises `FileNotFoundError` where there is nothing at `source`, and `ValueError`, naming file and line,
     for a missing column, a wrong pixel count or value, an unknown label or split, or folders without classes or images."""
-    path = Path(source).expanduser()
+    path = Path(expand_home(source))
     if not path.exists(): raise FileNotFoundError(f"no FER2013 at {path}: expected a csv (fer2013.csv, icml_face_data.csv; also .gz, .xz, .zip) or a folder with train/ and test/")
     found = EMOTIONS
     if path.is_dir(): pixels, emotion, usage, found = _read_folders(path)
@@ -420,7 +420,7 @@ def to_folders(
     progress: bool = False,  # show a progress bar
 ) -> Path:
     "Write every face as `<train|val|test>/<class>/<Usage>_<row>.png`. Returns the folder."
-    cv2, out = import_cv2(), Path(out).expanduser()
+    cv2, out = import_cv2(), Path(expand_home(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} is not an empty folder: choose another, or empty it first")
     names = [Path("test" if merge_test and u != "Training" else _FOLDER_OF[u], table.classes[e]) for u, e in zip(table.usage, table.emotion)]
     rows: Iterable[int] = range(len(table))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Box, import_cv2, read_image, write_whole
+from .core import Box, expand_home, import_cv2, read_image, write_whole
 
 # %% ../nbs/09_detect.ipynb #35e4645b
 _local = threading.local() # what each thread keeps for itself: its cascade, its YuNet
@@ -81,7 +81,7 @@ YUNET_SHA256 = '8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4
 
 def _cache_folder():
     "`FER_CACHE`, or our part of the user's cache folder (where platformdirs would put it; the plain install does without that package)"
-    if os.environ.get('FER_CACHE'): return Path(os.environ['FER_CACHE']).expanduser()
+    if os.environ.get('FER_CACHE'): return Path(expand_home(os.environ['FER_CACHE']))
     home = Path(os.path.expanduser('~'))
     if sys.platform == 'win32': folder = os.environ.get('LOCALAPPDATA') or home/'AppData/Local'
     elif sys.platform == 'darwin': folder = home/'Library/Caches'
@@ -95,7 +95,7 @@ def find_yunet() -> Path | None: # the model file, or None
 
     Raises `FileNotFoundError` where `FER_YUNET` names something else than a file."""
     named = os.environ.get('FER_YUNET')
-    path = Path(named).expanduser() if named else _yunet_file()
+    path = Path(expand_home(named)) if named else _yunet_file()
     if path.is_file(): return path
     if named: raise FileNotFoundError(f'the environment variable FER_YUNET names {named!r}, and there is no such file: '
                                       'correct it, or unset it and detect with "haar"')
@@ -292,11 +292,13 @@ def detect_faces(
 ) -> list[Box]: # boxes in pixels of the image, largest first, not overlapping; [] where there is no face. With `return_eyes` a tuple of them and float [n, 2, 2]: x, y of each person's right and left eye
     """Find the faces in an image. The boxes of Haar and YuNet are framed as FER2013's faces are, so that `crop_faces` needs no margin.
 
-    Raises `ValueError` for an unknown detector, a file that is no YuNet model, settings out of range, and for a function that returns
+    Raises `ValueError` for an unknown detector, a file that is no YuNet model, settings out of range, one that finds no eyes where they are asked for, and for a function that returns
     something other than boxes; `FileNotFoundError` where YuNet's model is not there. Boxes of a function are cut off at the edges of the image, and left out where nothing remains."""
     image = read_image(image)
     _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors)
-    if callable(detector): (found, eyes), factor = _ask(detector, image), None
+    if callable(detector):
+        (found, eyes), factor = _ask(detector, image), None
+        if return_eyes and eyes is None and len(found): raise ValueError('this function finds no eyes: it has to return (boxes, eyes [n, 2, 2]), NaN where they are not known; or do without alignment')
     else:
         name, model = _choose(detector)
         if return_eyes and name != 'yunet':

@@ -12,7 +12,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from .cards import read_model, write_model
+from .core import expand_home
 from .data import FER2013
+from .evaluate import _selected_on
 from .export import calibrate_model, check_report, open_graph, parity_faces, parity_report
 
 # %% ../nbs/08a_ensemble.ipynb #85489206
@@ -69,7 +71,7 @@ def export_ensemble(
 
     Raises as `read_model` does where a model is missing, and `ValueError` where the classes of the members differ, where the table
     has fewer than ten PublicTest faces, and as `average_graphs` does."""
-    out, members = Path(out).expanduser(), [read_model(m) for m in models]
+    out, members = Path(expand_home(out)), [read_model(m) for m in models]
     cards, graphs = [card for card, _ in members], [graph for _, graph in members]
     graph, first = average_graphs(graphs), cards[0]
     for c in cards:
@@ -77,7 +79,7 @@ def export_ensemble(
     usage, faces, _ = parity_faces(table, first["img_size"])
     parity = check_report(parity_report(open_graph(graph)(faces), np.mean([open_graph(g)(faces) for g in graphs], axis=0)))
     card = dict(format=1, name=out.name, arch="ensemble", classes=first["classes"], img_size=first["img_size"], n_params=sum(c.get("n_params", 0) for c in cards),
-                **{k: _common(cards, k) for k in ("selected_on", "licence", "weights")}, members=[_describe_member(c) for c in cards],
+                selected_on=_selected_on(dict(members=cards)), **{k: _common(cards, k) for k in ("licence", "weights")}, members=[_describe_member(c) for c in cards],
                 calibration=None, parity=dict(against="the members", faces=usage) | parity) | about
     if table is None: return write_model(out, graph, card)
     with TemporaryDirectory() as bare:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import auc, average_precision_score, classification_report, confusion_matrix, log_loss, precision_recall_curve, precision_recall_fscore_support, roc_curve
 
-from .core import EMOTIONS, check_self_contained, import_cv2, import_onnxruntime
+from .core import EMOTIONS, check_self_contained, expand_home, import_cv2, import_onnxruntime
 from .data import FER2013, find_duplicates, split_names
 
 # %% ../nbs/06_evaluate.ipynb #89a4ffa1
@@ -272,7 +272,7 @@ def _open_model(model, classes, options):
         return _Opened(model.predict_faces, tuple(model.classes), card)
     if callable(model): return _Opened(model, tuple(classes), dict(name=getattr(model, "__name__", type(model).__name__)))
     if is_path and Path(model).suffix == ".onnx":
-        path = Path(model).expanduser()
+        path = Path(expand_home(model))
         alone = path.name != "model.onnx" or not (path.parent/"card.json").is_file()
         if alone and options: raise ValueError(f"{', '.join(options)}: not for {str(path)!r}, an ONNX file without a card")
         if alone: return _open_onnx(path, classes)
@@ -386,17 +386,19 @@ def _score_unseen(table, rows, part, probs):
 
 _FACTS = "arch n_params img_size tta calibration best_epoch selected_on train_minutes hardware seed date commit licence recipe data".split()  # of a card
 
-def _selected_on(cards):
-    "What selected the epoch, of the networks of an ensemble all that did; None where no card says."
-    said = dict.fromkeys(c.get("selected_on") or (c["recipe"].get("valid") if isinstance(c.get("recipe"), dict) else None) for c in cards)
-    return next(iter(said)) if len(said) == 1 else "+".join(s for s in said if isinstance(s, str)) or None
+def _selected_on(card):
+    "What selected the epoch; of an ensemble all that selected those of its networks. None where no card says."
+    said = card.get("selected_on") or (card["recipe"].get("valid") if isinstance(card.get("recipe"), dict) else None)
+    if said or not card.get("members"): return said
+    all_said = dict.fromkeys(map(_selected_on, card["members"]))
+    return next(iter(all_said)) if len(all_said) == 1 else "+".join(s for s in all_said if isinstance(s, str)) or None
 
 def _describe(opened, name, rows, part, n_all):
     "Model, data, date and versions of an evaluation, ready for JSON."
     card, digest = opened.card, hashlib.sha256(part.pixels.tobytes() + part.emotion.tobytes()).hexdigest()
     recipe, data = (card[k] if isinstance(card.get(k), dict) else {} for k in ("recipe", "data"))
     calibration = scaling["method"] + (f", fitted on {scaling['fitted_on']}" if scaling["fitted_on"] and scaling["method"] != "none" else "") if (scaling := card.get("calibration")) else None
-    card = card | dict(selected_on=_selected_on(card.get("members") or [card]), recipe=recipe.get("name"), data=data.get("source"), calibration=calibration)
+    card = card | dict(selected_on=_selected_on(card), recipe=recipe.get("name"), data=data.get("source"), calibration=calibration)
     loaded = [p for p, m in dict(numpy="numpy", onnxruntime="onnxruntime", torch="torch", fastai="fastai").items() if m in sys.modules]
     return dict(model=name or card.get("name", "model"), split="+".join(dict.fromkeys(part.usage.tolist())), card={k: card[k] for k in _FACTS if card.get(k) is not None} | card.get("files", {}).get("model.onnx", {}),
                 data=dict(source=Path(part.source).name or "table", faces=len(rows), left_out=n_all - len(rows), sha256=digest,

@@ -21,7 +21,7 @@ from fastai.data.transforms import Normalize
 from torch import nn
 
 from .cards import read_model, write_model
-from .core import EMOTIONS, import_cv2, import_onnxruntime, require
+from .core import EMOTIONS, expand_home, import_cv2, import_onnxruntime, require
 from .data import FER2013, select_classes, synthetic_faces
 from .calibrate import Calibration, calibrate_graph, fit_calibration
 from .evaluate import score
@@ -387,7 +387,7 @@ def export_model(
 
     Raises `ValueError`, and writes nothing, where the network does not take the faces, where the number of classes is not that of its outputs,
     where int8 has no faces to be calibrated on, and where the graph strays further than the limits."""
-    out, whole = Path(out).expanduser(), ExportedModel(model, img_size, stats)
+    out, whole = Path(expand_home(out)), ExportedModel(model, img_size, stats)
     _check_weights(weights, limits)
     classes = tuple(classes or (EMOTIONS if table is None else table.classes))
     if whole.n_classes != len(classes): raise ValueError(f"the network has {whole.n_classes} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
@@ -421,7 +421,7 @@ def export_run(
 
     Of `table` the rows count that the recipe asks for. The card's `selected_on` says which faces chose the epoch.
     Raises `FileNotFoundError` where `run` is not a run, and `ValueError` as `export_model` does."""
-    run, model = Path(run).expanduser(), load_run(Path(run).expanduser())
+    run, model = Path(expand_home(run)), load_run(Path(expand_home(run)))
     recipe, facts = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
     entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid,
                    **{k: facts.get(k) for k in ("commit", "data", "teachers", "hardware", "versions", "train_minutes", "date", "best_epoch")})
@@ -444,7 +444,7 @@ def quantize_model(
 
     Raises as `read_model` does where there is no whole model, and `ValueError` where it is in int8 already, where the table lacks
     Training rows or one of its classes, and where int8 strays further from the folder's own graph than the limits."""
-    out, (card, graph) = Path(out).expanduser(), read_model(folder)
+    out, (card, graph) = Path(expand_home(out)), read_model(folder)
     table = _with_classes(table, card["classes"])
     small = quantize_graph(graph, _range_faces(table, card["img_size"]), method, reduce_range)
     usage, faces, emotion = parity_faces(table, card["img_size"])
@@ -469,7 +469,7 @@ def calibrate_model(
     """Write a copy of a model folder with a calibration for these faces and return its card; its scores are those of the table's test splits.
 
     Raises as `read_model` does where there is no whole model, and `ValueError` where the split has fewer than ten faces or the table lacks a class."""
-    out, (card, graph) = Path(out).expanduser(), read_model(folder)
+    out, (card, graph) = Path(expand_home(out)), read_model(folder)
     table = _with_classes(table, card["classes"])
     part = _part(table, usage, card["img_size"])
     if len(part) < 10: raise ValueError(f"a calibration is fitted on ten faces at least, and the table has {len(part)} of {usage}")
@@ -507,7 +507,7 @@ def export_weights(
 ) -> dict:
     """Export a weights file as a model folder and return its card. Raises `FileNotFoundError` and `ValueError` where there is no file or no recipe,
     where tensors do not fit the network, and as `export_model` does."""
-    file = Path(file).expanduser()
+    file = Path(expand_home(file))
     beside = file.parent/"recipe.yaml"
     if recipe is None and not beside.is_file(): raise ValueError(f"which network has the weights in {file.name}? Pass recipe=, or lay its recipe.yaml beside it")
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe or beside)

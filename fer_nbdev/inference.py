@@ -54,7 +54,6 @@ class _FaceFinder(FaceClassifier):
         "An image, and boxes or None -> the boxes, and the crops of their faces by size"
         found = check_boxes(own, image, box_format) if own is not None else detect_faces(image, self.detector, return_eyes=self.align)
         boxes, eyes = found if isinstance(found, tuple) else (found, None)
-        if self.align and own is None and boxes and eyes is not None and np.isnan(eyes).all(): raise ValueError('align=True turns faces by their eyes, and this detector gives none: it has to return (boxes, eyes [n, 2, 2])')
         return boxes, {size: crop_faces(image, boxes, size, eyes=eyes, **self._crop) for size in {m.img_size for m in self._models}}
 
     def _answer(self, looks):

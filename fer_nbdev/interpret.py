@@ -30,7 +30,7 @@ from sklearn.metrics import confusion_matrix
 from torch import nn
 
 from .callbacks import best_epoch
-from .core import EMOTIONS, require
+from .core import EMOTIONS, expand_home, require
 from .data import FER2013
 from .evaluate import check_probs, face_losses, predict_table, report_text, score
 from .loaders import FER2013_STATS, FERLoader, PILFace, TensorFace, row_emotion, row_pixels, table_dl, table_rows
@@ -164,7 +164,7 @@ def card(self: Network) -> dict:
     "What `evaluate_model` says of the model."
     return dict(name=self.name, n_params=sum(p.numel() for p in self.model.parameters()))
 
-def _is_run(source): return isinstance(source, (str, Path)) and (Path(source).expanduser()/"best.safetensors").is_file()
+def _is_run(source): return isinstance(source, (str, Path)) and (Path(expand_home(source))/"best.safetensors").is_file()
 
 def open_network(
     source,  # folder of a run, learner, PyTorch module, or a `Network`, which comes back as it is
@@ -178,7 +178,7 @@ def open_network(
         found = [t for t in source.dls.after_batch.fs if isinstance(t, Normalize)]
         return Network(source.model, tuple(float(v.flatten()[0]) for v in (found[0].mean, found[0].std)) if found else (0., 1.), tuple(source.dls.vocab), type(source.model).__name__)
     if not _is_run(source): raise ValueError(f"{str(source)!r}: expected the folder of a run (with best.safetensors), a learner or a PyTorch module. Models in ONNX have no gradients; occlusion_map works on them")
-    run = Path(source).expanduser()
+    run = Path(expand_home(source))
     recipe, about = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
     return Network(load_run(run), recipe.stats, tuple(about["data"]["classes"]), recipe.name)  # type: ignore[arg-type]  # a run knows its stats
 
@@ -435,7 +435,7 @@ def read_history(
     run,  # folder of a run
 ) -> pd.DataFrame:
     "A row for each epoch, with every number that the run wrote down. Raises `FileNotFoundError` where there is no history."
-    path = Path(run).expanduser()/"history.json"
+    path = Path(expand_home(run))/"history.json"
     if not path.is_file(): raise FileNotFoundError(f"no history.json in {str(path.parent)!r}: expected the folder of a run that finished an epoch")
     return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))).set_index("epoch")
 
@@ -456,7 +456,7 @@ def plot_class_curves(
 # %% ../nbs/07_interpret.ipynb #8e79f407
 def _read_run(run):
     "What `compare_runs` says of one run."
-    run, rows = Path(run).expanduser(), read_history(run).reset_index().to_dict("records")
+    run, rows = Path(expand_home(run)), read_history(run).reset_index().to_dict("records")
     if not (run/"run.json").is_file(): raise FileNotFoundError(f"no run.json in {str(run)!r}: expected the folder of a run")
     about = json.loads((run/"run.json").read_text(encoding="utf-8"))
     recipe, data = about["recipe"], about["data"]
@@ -482,7 +482,7 @@ def plot_runs(
 ):
     "The curves of several runs. Returns the Axes as an array. Raises `ValueError` for a metric that a run did not write down."
     if by not in ("epoch", "minutes"): raise ValueError(f"by={by!r}: expected epoch or minutes")
-    folders = [Path(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
+    folders = [Path(expand_home(run)).resolve() for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
     short = [f.name for f in folders]
     histories = [(f.name if short.count(f.name) == 1 else f"{f.parent.name}/{f.name}", read_history(f)) for f in folders]
     for name, rows in histories:

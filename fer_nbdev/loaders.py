@@ -100,7 +100,8 @@ class FERSplitter:
         rng = np.random.default_rng(self.seed)
         parts = [train[emotion[train] == e] for e in np.unique(emotion[train])] if self.stratify else [train]
         picked = np.sort(np.concatenate([rng.permutation(p)[:round(len(p)*fraction)] for p in parts]))
-        if not len(picked): raise ValueError(f"valid={fraction}: of {len(train)} Training rows this leaves none to validate on; choose a larger fraction")
+        for left, task in ((len(picked), "validate"), (len(train) - len(picked), "train")):
+            if not left: raise ValueError(f"valid={fraction}: of {len(train)} Training rows this leaves none to {task} on; choose a {'larger' if task == 'validate' else 'smaller'} fraction")
         return np.setdiff1d(train, picked).tolist(), picked.tolist()
 
 # %% ../nbs/02_loaders.ipynb #8f44bad5

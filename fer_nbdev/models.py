@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import require
+from .core import expand_home, require
 
 # %% ../nbs/03_models.ipynb #760670a5
 _MODELS = {}
@@ -360,7 +360,7 @@ def _with_new_head(body):
 # %% ../nbs/03_models.ipynb #5f4fe43e
 def _read_weights(path):
     "Name -> tensor of a weights file. Nothing in it is run."
-    path, kinds = Path(path).expanduser(), (".safetensors", ".pth", ".pt", ".bin")
+    path, kinds = Path(expand_home(path)), (".safetensors", ".pth", ".pt", ".bin")
     if path.suffix not in kinds: raise ValueError(f"pretrained={str(path)!r}: expected False, True or the path of a file that ends in {', '.join(kinds)}")
     if not path.is_file(): raise FileNotFoundError(f"there is no weights file {str(path)!r}")
     read, SafetensorError = require("timm.models", "train").load_state_dict, require("safetensors", "train").SafetensorError

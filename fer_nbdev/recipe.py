@@ -18,7 +18,7 @@ import torch
 import yaml
 from fastai.optimizer import Lamb, Larc, QHAdam, ranger
 
-from .core import EMOTIONS, write_whole
+from .core import EMOTIONS, expand_home, write_whole
 from .loaders import SAMPLINGS, Augment
 from .losses import LOSSES
 from .models import list_models
@@ -194,7 +194,7 @@ def read_recipe(
     source,  # name of a bundled recipe, or path of a yaml file
 ) -> Recipe:
     "A recipe by name or path. Raises `ValueError` for an unknown name, key or value, `FileNotFoundError` for a missing file."
-    path = Path(source)
+    path = Path(expand_home(source))
     if path.suffix not in (".yaml", ".yml"):
         if str(source) not in list_recipes(): raise ValueError(f"unknown recipe {str(source)!r}: expected one of {', '.join(list_recipes())}, or the path of a .yaml file")
         path = Path(str(resources.files("fer_nbdev")))/"recipes"/f"{source}.yaml"

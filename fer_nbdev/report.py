@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import EMOTIONS, import_cv2, require, write_whole
+from .core import EMOTIONS, expand_home, import_cv2, require, write_whole
 from .data import FER2013, split_names
 from .calibrate import fit_temperature
 from .evaluate import (Evaluation, check_probs, class_curves, compare_models, face_losses, most_confused,
@@ -390,7 +390,7 @@ def write_report(
 
     Returns what `scores.json` holds: the evaluation's `to_dict`, with the comparison where there is another. Raises `ValueError`,
     before anything is written, where `out` is a file or `other` is not of the same faces and classes."""
-    out = Path(out).expanduser()
+    out = Path(expand_home(out))
     if out.exists() and not out.is_dir(): raise ValueError(f"{str(out)!r} is a file: expected a folder for the report")
     html, result = report_html(e, other, n_faces, seed), e.to_dict(other)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in e.scores.items() if isinstance(v, (int, float)))

@@ -63,11 +63,17 @@ def _walk(fs, path):
         if e['type'] == 'directory': yield from () if e.get('islink') else _walk(fs, e['name'])
         else: yield e['name'], e['size']
 
+def _utf8(path):
+    "A path, unless its name is no text, which the result could not hold"
+    try: path.encode()
+    except UnicodeEncodeError: raise ValueError(f'the name of {path!r} is not UTF-8: rename the file') from None
+    return path
+
 def _find_files(places, source):
     "(address, bytes) of the images and tables that a source stands for"
     fs, path = places(source)
     has_magic, kind = glob.has_magic(path) and not fs.exists(path), _kind(source)
-    if kind in IMAGE_SUFFIXES and not has_magic: yield places.name(source, path), None; return # looked for when it is read
+    if kind in IMAGE_SUFFIXES and not has_magic: yield places.name(source, _utf8(path)), None; return # looked for when it is read
     if has_magic: wanted, found = {*IMAGE_SUFFIXES, *_TABLES}, ((p, e['size']) for p, e in sorted(fs.glob(path, detail=True).items()) if e['type'] != 'directory')
     elif fs.isdir(path): wanted, found = {kind} if kind in _TABLES else set(IMAGE_SUFFIXES), _walk(fs, path)
     elif not fs.exists(path): raise FileNotFoundError(f'there is nothing at {source!r}')
@@ -75,10 +81,8 @@ def _find_files(places, source):
     none = True
     for p, size in found:
         if Path(p).suffix.lower() not in wanted: continue
-        try: p.encode()
-        except UnicodeEncodeError: raise ValueError(f'the name of {p!r} is not UTF-8: rename the file') from None
         none = False
-        yield places.name(source, p), size
+        yield places.name(source, _utf8(p)), size
     if none: raise ValueError(f'no images in {source!r}: expected files ending in {" ".join(sorted(wanted))}; tables in a folder are named by a pattern, such as folder/*.parquet')
 
 # %% ../nbs/13_scale.ipynb #66591138
@@ -183,16 +187,27 @@ def _entries(places, files, part_size, column):
                 yield from _parquet_entries(table, entry, part_size)
 
 # %% ../nbs/13_scale.ipynb #dfaaca03
+_archive = threading.Lock()
+
+def _alone(fs):
+    "Readers of a tar file share one open file, and none may move it under another"
+    return _archive if {'tar', 'libarchive'} & {*np.atleast_1d(fs.protocol)} else nullcontext()
+
 def _csv_cells(fs, path, entry, column):
-    with fs.open(path, 'rb') as file:
+    with _alone(fs), fs.open(path, 'rb') as file:
         names = _csv_header(file)
         at = names.index(_image_column(names, column, entry.address))
         file.seek(entry.start)
         data = file.read(entry.stop - entry.start)
     return (row[at] if at < len(row) else None for row in _csv_fields(data))
 
+def _open_parquet(fs, path):
+    "To be read bit by bit; from a tar file whole, since readers of images come in between"
+    lock = _alone(fs)
+    with lock: return io.BytesIO(fs.cat_file(path)) if lock is _archive else fs.open(path, 'rb')
+
 def _parquet_cells(fs, path, entry, column):
-    with fs.open(path, 'rb') as file:
+    with _open_parquet(fs, path) as file:
         table = require('pyarrow.parquet', 'scale').ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) # in pieces, not a whole group
         ends = np.cumsum([table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)])
         groups = [g for g, end in enumerate(ends) if end > entry.row and (g == 0 or ends[g - 1] < entry.row + entry.rows)]
@@ -296,15 +311,13 @@ class _Output:
 # %% ../nbs/13_scale.ipynb #2416679d
 NO_FACE = "no face"  # the emotion in the row of an image in which no face was found
 
-_archive = threading.Lock() # readers of a tar file share one open file, and none may move it under another
-
 def _answers(predictor, places, images, readers, at_once):
     "(name, predictions or an error) for pairs of a name and what to read"
     error = import_cv2().error
     def fetch(address):
         fs, path = places(address)
         try:
-            with _archive if {'tar', 'libarchive'} & {*np.atleast_1d(fs.protocol)} else nullcontext(): return fs.cat_file(path)
+            with _alone(fs): return fs.cat_file(path)
         except FileNotFoundError: raise FileNotFoundError(f'there is no file {address!r}') from None
         except Exception as e: raise OSError(f'{address!r} cannot be read: {e}') from e # file systems raise whatever they like
     def look(item):
@@ -425,7 +438,7 @@ def _prepare(output, sources, fingerprint, part_size, column):
     fs, path = output('_begun')
     if fs.exists(path): fs.rm(path, recursive=True) # a new start, new chances
     if old is None and output.done(): raise ValueError(f'{output.out!r} has parts, but no _manifest.json to say of what: choose another folder')
-    manifest = dict(format=1, version=_version(), settings=fingerprint, part_size=part_size or (old or {}).get('part_size', 1000), column=column)
+    manifest = dict(format=2, version=_version(), settings=fingerprint, part_size=part_size or (old or {}).get('part_size', 1000), column=column)
     if old: _check_same(output.out, old, manifest)
     files = itertools.chain.from_iterable(_find_files(places, os.fspath(s)) for s in sources)
     listing = _Listing(_parts(_entries(places, files, manifest['part_size'], column), manifest['part_size']))

@@ -33,7 +33,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from sklearn.model_selection import StratifiedKFold
 
 from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
-from .core import write_whole
+from .core import expand_home, write_whole
 from .data import FER2013, draw_per_class, select_classes
 from .distill import Distill, describe_teachers, open_teachers
 from .distributed import _from_all, distribute, from_rank0, start_ranks
@@ -217,7 +217,7 @@ def _choose_recipe(out, recipe, resume, table):
     if begun and not resume: raise ValueError(f"{out} already holds a run: resume it (resume=True, --resume) or choose another folder")
     if recipe is None and not begun: raise ValueError(f"{out} holds no run to resume: give a recipe")
     if recipe is None: return read_recipe(out/"recipe.yaml")
-    recipe = replace(recipe, valid=_valid_or_tenth(recipe.valid, table.usage))  # what is written down shall be what was done
+    recipe = replace(recipe, valid=_valid_or_tenth(recipe.valid, prepare_table(recipe, table).usage))  # what is written down shall be what was done
     return recipe if recipe.stats else replace(recipe, stats=input_stats(recipe.arch, recipe.pretrained))
 
 def _read_checkpoint(out, recipe, data, teachers):
@@ -291,7 +291,7 @@ def train(
     same machine ends in the same weights. Started by `torchrun`, all ranks train this one run (`distribute`), and rank 0 writes it.
     Raises `ValueError` where `out` holds a run and `resume` is not given, or holds another one, and where the ranks do not divide `bs`."""
     keep_freed_memory()
-    out, device = Path(out).expanduser(), start_ranks(device)
+    out, device = Path(expand_home(out)), start_ranks(device)
     recipe = from_rank0(_choose_recipe, out, recipe, resume, table)
     table = prepare_table(recipe, table)
     data, teachers = _describe_same_data(table), describe_teachers(recipe.teachers)
@@ -337,7 +337,7 @@ def load_run(
     device="cpu",  # where to put the network
 ) -> torch.nn.Module:
     "The network of a run with its best weights, in eval mode."
-    out = Path(out)
+    out = Path(expand_home(out))
     if not (out/"best.safetensors").is_file(): raise FileNotFoundError(f"{out} holds no finished epoch: expected best.safetensors and recipe.yaml of a run")
     recipe, about = read_recipe(out/"recipe.yaml"), json.loads((out/"run.json").read_text())
     model = create_model(recipe.arch, len(about["data"]["classes"]), recipe.n_in, recipe.img_size, **recipe.arch_args)
@@ -369,7 +369,7 @@ def cross_validate(
     """Train on k stratified folds. Returns the best row of each fold's history, and mean and standard deviation of every metric.
 
     Raises `ValueError` where a class has fewer Training faces than folds, or where `out` holds a cross-validation and `resume` is not given."""
-    out, rows = Path(out), []
+    out, rows = Path(expand_home(out)), []
     prepared = replace(recipe, valid="PublicTest", classes=None, per_class=None, soft_share=recipe.soft_share if table.soft is None else 1.)  # `prepare_table` has done its part by then
     for i, fold in enumerate(fold_tables(prepare_table(recipe, table), k, recipe.seed)):
         train(prepared, fold, out/f"fold_{i}", resume, **kwargs)

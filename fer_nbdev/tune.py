@@ -8,6 +8,7 @@ __all__ = ['parse_space', 'ReportTrial', 'trial_rows', 'best_recipe', 'plot_tria
 # %% ../nbs/13a_tune.ipynb #0affb2be
 import csv, json, math, re, time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -15,8 +16,9 @@ from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib
 
 from .callbacks import Curves, best_epoch
-from .core import require, write_whole
+from .core import expand_home, require, write_whole
 from .data import FER2013, split_names
+from .loaders import _valid_or_tenth
 from .recipe import MONITORS, Recipe, plain_recipe
 from .train import describe_data, train
 
@@ -94,14 +96,21 @@ class ReportTrial(Callback):
     def _report(self, row): self.trial.report(row[self.monitor], row["epoch"] + 1)
 
 # %% ../nbs/13a_tune.ipynb #66655c65
+def _trial_recipe(recipe, trial):
+    "The recipe of a trial. Values that are right by themselves may not go together: such a trial is given up before it begins."
+    try: return recipe.set(_settings(trial.params))
+    except ValueError as e: raise require("optuna", "scale").TrialPruned(str(e).removeprefix("set: ")) from None
+
 def _run_trial(study, trial, recipe, table, out, device):
     "Train one trial and tell the study how it ended; a score that is no number counts as a failure."
     from optuna import TrialPruned
     from optuna.trial import TrialState
     run = out/"trials"/trial.user_attrs.get("folder", f"{trial.number:03d}")
     trial.set_user_attr("folder", run.name)
-    try: train(recipe.set(_settings(trial.params)), table, run, resume=True, device=device, progress=False, cbs=[ReportTrial(trial, recipe.monitor)])
-    except TrialPruned: state, score = TrialState.PRUNED, None
+    try: train(_trial_recipe(recipe, trial), table, run, resume=True, device=device, progress=False, cbs=[ReportTrial(trial, recipe.monitor)])
+    except TrialPruned as e:
+        state, score = TrialState.PRUNED, None
+        trial.set_user_attr("why", str(e))
     else:
         rows = json.loads((run/"history.json").read_text())
         score = rows[best_epoch(rows, recipe.monitor)][recipe.monitor]
@@ -237,7 +246,8 @@ def tune(
     killed goes on with `resume=True`: finished trials count, the one that was running is trained on. Raises `ValueError` for a space
     that the recipe refuses, for a recipe that validates on PrivateTest, where `out` holds another search, and among several ranks."""
     if num_distrib() > 1: raise ValueError("a search trains one network after the other in one process: start it without torchrun")
-    out, table = Path(out).expanduser(), table[table.usage != "PrivateTest"]
+    out, table = Path(expand_home(out)), table[table.usage != "PrivateTest"]
+    if recipe: recipe = replace(recipe, valid=_valid_or_tenth(recipe.valid, table.usage))
     recipe, space = _begin(out, recipe, space, describe_data(table)["sha256"], resume)
     distributions = parse_space(space, recipe)
     with _quiet_optuna():
@@ -247,7 +257,7 @@ def tune(
         while len(_done(study)) < n_trials:
             trial = study.ask(distributions)
             _run_trial(study, trial, recipe, table, out, device)
-            print(_trial_line(trial_rows(study)[trial.number]), flush=True)
+            print(_trial_line(trial_rows(study)[trial.number]), *filter(None, [study.trials[trial.number].user_attrs.get("why")]), sep="   ", flush=True)
             _write_trials(study, recipe, out)
             if time.time() - drawn > 5: _draw_trials(study, out); drawn = time.time()
     if _done(study): _draw_trials(study, out)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from glob import glob, has_magic
+from inspect import signature
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from warnings import warn
 
 import numpy as np
 
-from .core import UNCERTAIN, Box, Prediction, import_cv2, read_image, require, write_whole
+from .core import UNCERTAIN, Box, Prediction, expand_home, import_cv2, read_image, require, write_whole
 from .data import IMAGE_SUFFIXES
 from .detect import detect_faces
 from .inference import Predictor
@@ -103,7 +104,7 @@ def _find_source(source):
         if not hasattr(source, '__iter__') or isinstance(source, (bytes, bytearray)) or isinstance(source, np.ndarray) and source.ndim < 3:
             raise ValueError(f'a video is a path, an address, the number of a camera, or a list of images, got {source!r:.80}')
         return source, 'the list of images'
-    path = os.path.expanduser(os.fspath(source))
+    path = expand_home(source)
     if '://' in path: return path, path
     if os.path.isdir(path) or has_magic(path) and not os.path.exists(path):
         images = sorted((p for p in (glob(path) if has_magic(path) and not os.path.isdir(path) else map(str, Path(path).iterdir())) if Path(p).suffix.lower() in IMAGE_SUFFIXES and Path(p).name[0] != '.'), key=_in_order)
@@ -248,6 +249,11 @@ def _predict_frames(frames, predictor, every, tracker, smoother, is_cut):
         yield frame._replace(preds=[replace(answers[i], box=box) for i, box in boxes.items()])
 
 # %% ../nbs/11_video.ipynb #05fb8d37
+def _check_options(options):
+    "Raise a `ValueError` for an option that neither `predict_video` nor `VideoReader` has"
+    known = [name for f in (predict_video, VideoReader) for name, p in signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted({*options} - {*known}): raise ValueError(f'there is no option {", ".join(unknown)}: expected among {", ".join(known)}')
+
 def predict_video(
     source, # what `VideoReader` takes, or one that is open
     model="accurate", # what `Predictor` takes, or a `Predictor`
@@ -269,7 +275,8 @@ def predict_video(
     if isinstance(model, Predictor) and detector is not None: raise ValueError('a Predictor brings its own detector: make it with this one')
     predictor = model if isinstance(model, Predictor) else Predictor(model, detector=detector or "auto")
     if predictor.align: raise ValueError('align=True needs eyes, which frames without detection do not have: make the Predictor without it')
-    if isinstance(source, VideoReader) and options: raise ValueError(f'{", ".join(options)}: not among the options of predict_video, or for a reader, and this one is open already')
+    _check_options(options)
+    if isinstance(source, VideoReader) and options: raise ValueError(f'{", ".join(options)}: for opening a video, and this one is open already')
     reader = source if isinstance(source, VideoReader) else VideoReader(source, **options)
     def run():
         with closing(_ahead(reader, 1 if reader.live else 3, drop=reader.live)) as frames:
@@ -407,7 +414,7 @@ class VideoWriter:
         fps: float = 25., # its frames a second
         sound=None, # the file whose sound goes with it, where there is an ffmpeg
     ):
-        self.path, self.fps, self.sound = Path(path), float(fps), None if sound is None else os.fspath(sound)
+        self.path, self.fps, self.sound = Path(expand_home(path)), float(fps), None if sound is None else expand_home(sound)
         if self.path.suffix.lower() not in _CODECS: raise ValueError(f'a video ends in {" ".join(_CODECS)}, got {str(path)!r}')
         if not 0 < self.fps <= 1000: raise ValueError(f'fps must be between 0 and 1000 frames a second, got {fps!r}')
         self._files, self._temp, self._last, self.count = ExitStack(), None, None, 0
@@ -477,7 +484,7 @@ def _parquet_table(path, classes, at_once=10_000):
 def _json_lines(path):
     "Not whole or not at all, since it is there to be read meanwhile"
     with ExitStack() as files:
-        if not (standard := str(path) == '-'): Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if not (standard := str(path) == '-'): (path := Path(expand_home(path))).parent.mkdir(parents=True, exist_ok=True)
         file = sys.stdout if standard else files.enter_context(open(path, 'w', encoding='utf-8'))
         yield lambda frame: print(json.dumps(dict(frame=frame.number, time=round(frame.time, 4), faces=[p.to_dict() for p in frame.preds])), file=file, flush=True)
 
@@ -626,7 +633,7 @@ def _save_timeline(seen, path):
 
 def _outputs(files, reader, classes, out, table, jsonl):
     "Open what is to be written -> functions that take a frame, and the video or None"
-    if out is not None and isinstance(reader.source, str) and os.path.exists(out) and os.path.samefile(out, reader.source): raise ValueError(f'{str(out)!r} is the video that is read: choose another name')
+    if out is not None and isinstance(reader.source, str) and os.path.exists(expand_home(out)) and os.path.samefile(expand_home(out), reader.source): raise ValueError(f'{str(out)!r} is the video that is read: choose another name')
     tables = [] if table is None else [table] if isinstance(table, (str, os.PathLike)) else list(table)
     sinks = [_open_table(path, classes) for path in tables] + ([] if jsonl is None else [_json_lines(jsonl)])
     video = None if out is None else VideoWriter(out, reader.fps, reader.source if isinstance(reader.source, str) and not reader.live else None)
@@ -649,6 +656,7 @@ def process_video(
     """Follow the faces of a video and write what is asked for. Videos, tables and pictures are written whole or not at all; but a live source may be ended by Ctrl-C at any time.
 
     Raises what `predict_video` and `VideoWriter` raise, and a `ValueError` where a window is asked for and there is no display."""
+    _check_options(options)
     with ExitStack() as files:
         reader = source if isinstance(source, VideoReader) else VideoReader(source, **{k: options.pop(k) for k in ('start', 'end', 'fps', 'live', 'timeout') if k in options})
         files.callback(reader.close)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import EMOTIONS, require
+from .core import EMOTIONS, expand_home, require
 from .data import FER2013, USAGES, _is_small, _shares
 
 # %% ../nbs/01a_votes.ipynb #4c38ca40
@@ -34,7 +34,7 @@ def read_ferplus(
     source,  # path of fer2013new.csv
 ) -> FERPlus:
     "Read the votes of FER+. Raises `FileNotFoundError`, or `ValueError` naming the line, as `read_fer2013` does."
-    path = Path(source).expanduser()
+    path = Path(expand_home(source))
     if not path.is_file(): raise FileNotFoundError(f"no FER+ votes at {path}: expected fer2013new.csv of microsoft/FERPlus")
     try: header, *lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
     except UnicodeDecodeError as e: raise ValueError(f"{path}: not a text file in UTF-8 ({e})") from None

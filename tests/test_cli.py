@@ -1,6 +1,7 @@
 """The commands one after the other, as a user types them: a csv becomes a run, a model, a report and a second export."""
 import csv
 import json
+import shutil
 
 import pytest
 from _tables import write_csv
@@ -9,7 +10,11 @@ pytest.importorskip("fastai")
 from typer.testing import CliRunner
 
 from fer_nbdev.cli import app
-from fer_nbdev.data import synthetic_faces
+from fer_nbdev.core import sample_portrait
+from fer_nbdev.data import read_fer2013, synthetic_faces
+from fer_nbdev.evaluate import evaluate_model
+from fer_nbdev.inference import Predictor
+from fer_nbdev.recipe import list_recipes
 
 
 def _fer(line, code=0):
@@ -88,3 +93,67 @@ def test_resuming_keeps_the_recipe_and_nothing_trains_over_a_run(trained):
     _fer("train --data fer2013.csv --recipe synthetic --out run", code=2)
     _fer("train --data fer2013.csv --recipe synthetic --out run --resume", code=2)
     assert (folder / "run/history.json").read_text() == before
+
+
+def test_options_of_predicting_reach_the_predictor(trained):
+    portrait = str(sample_portrait())
+    for options, settings in {"": {}, "--margin .2": dict(margin=.2), "--tta": dict(tta=True), "--threads 1 --provider cpu": dict(threads=1, providers=["cpu"])}.items():
+        face, = json.loads(_fer(f"predict --model fast --json {options}"))["faces"]
+        wanted, = Predictor("fast", **settings).predict(portrait)
+        assert face["probs"] == pytest.approx(wanted.probs, abs=1e-5) and face["box"] == list(wanted.box), options
+    assert Predictor("fast", margin=.2)(portrait) != Predictor("fast")(portrait) != Predictor("fast", tta=True)(portrait)  # so each of them could be told from none
+    assert "abacus" in _fer("predict --model fast --provider abacus", code=2)
+
+
+def test_views_are_averaged_where_scores_are_asked_for(trained):
+    table = read_fer2013("fer2013.csv")
+    plain, averaged = (json.loads(CliRunner().invoke(app, f"evaluate fast --data fer2013.csv --json {options}".split()).stdout)["scores"] for options in ("", "--tta"))
+    for said, tta in ((plain, False), (averaged, True)):
+        assert said["log_loss"] == pytest.approx(evaluate_model(Predictor("fast", tta=tta), table, "private").scores["log_loss"], abs=1e-5)
+    assert plain["log_loss"] != averaged["log_loss"]
+
+
+def test_an_export_is_as_wide_and_as_free_as_it_is_told(trained):
+    folder, _ = trained
+    cards = {}
+    for name, options in dict(usual="", whole="--float32", free="--licence MIT").items():
+        _fer(f"export run {name} --data fer2013.csv {options}")
+        cards[name] = json.loads((folder / name / "card.json").read_text())
+    assert [c["weights"] for c in cards.values()] == ["float16", "float32", "float16"]
+    assert cards["whole"]["files"]["model.onnx"]["bytes"] > 1.5 * cards["usual"]["files"]["model.onnx"]["bytes"]
+    assert [c.get("licence") for c in cards.values()] == [None, None, "MIT"], "nobody else can say under which terms a model may be used"
+
+
+def test_test_splits_can_be_prepared_as_one_folder(trained):
+    folder, _ = trained
+    table = read_fer2013("fer2013.csv")
+    _fer("prepare fer2013.csv apart")
+    _fer("prepare fer2013.csv merged --merge-test")
+    count = {name: {p.name: len(list(p.rglob("*.png"))) for p in (folder / name).iterdir() if p.is_dir()} for name in ("apart", "merged")}
+    sizes = {u: int((table.usage == u).sum()) for u in ("Training", "PublicTest", "PrivateTest")}
+    assert sorted(count["apart"].values()) == sorted(sizes.values())
+    assert count["merged"] == dict(train=sizes["Training"], test=sizes["PublicTest"] + sizes["PrivateTest"])
+
+
+def test_a_teacher_is_named_on_the_command_line(trained):
+    folder, _ = trained
+    _fer("train --data fer2013.csv --recipe synthetic --set epochs=1 --set class_weights=null --set label_smoothing=0 --set soft_share=.5 --teacher fast --out taught")
+    teacher, = json.loads((folder / "taught/run.json").read_text())["teachers"]
+    assert json.loads((folder / "taught/run.json").read_text())["recipe"]["teachers"] == ["fast"] and teacher
+
+
+def test_recipes_are_listed_with_what_they_are(trained):
+    said = _fer("train --list")
+    for name, about in list_recipes().items():
+        assert name in said and " ".join(about.split()[:3]) in said
+
+
+def test_pictures_are_a_video_of_the_rate_that_is_named(trained):
+    folder, _ = trained
+    (folder / "frames").mkdir()
+    for i in range(12):
+        shutil.copy(sample_portrait(), folder / f"frames/{i}.jpg")
+    for options, seconds in {"": 11 / 25, "--fps 4": 11 / 4}.items():
+        _fer(f"video frames --model fast --csv faces.csv {options}")
+        with open("faces.csv", newline="") as f:
+            assert float(list(csv.DictReader(f))[-1]["time"]) == pytest.approx(seconds, abs=.01)

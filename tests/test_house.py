@@ -252,6 +252,14 @@ def test_benchmarks_say_where_they_were_measured():
         assert script.is_file(), f"{name_of(path)} was written by {script.name}, which does not exist"
 
 
+def test_a_limit_that_was_missed_is_told():
+    "A benchmark that has a limit and does not keep it says what was asked for."
+    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["results"], dict) and record["results"].get("within_limits") is False:
+            assert "asked for" in record["answer"], f"{name_of(path)} misses its limit, and its answer does not say so"
+
+
 def test_every_benchmark_is_in_the_table():
     table = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "bench").glob("*.py")):

@@ -211,6 +211,32 @@ def test_readers_of_a_tar_file_do_not_get_into_each_others_way(tmp_path, faces):
     assert one == many
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_in_a_tar_file_are_read_while_others_read_its_images(kind, tmp_path, faces):
+    "The images lie beside the tables, so every table is opened while readers are busy with the images of the one before."
+    with tarfile.open(tmp_path / "tables.tar", "w") as tar:
+        def add(name, data):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+        for t, batch in enumerate(faces.pixels.reshape(20, 7, 48, 48)):
+            names = [f"{t:02}-{i}.png" for i in range(len(batch))]
+            for name, face in zip(names, batch):
+                data = io.BytesIO()
+                Image.fromarray(face).save(data, "png")
+                add(name, data.getvalue())
+            table = pd.DataFrame(dict(path=names))
+            add(f"{t:02}.{kind}", table.to_csv(index=False).encode() if kind == "csv" else table.to_parquet(index=False))
+    predictor, places = Predictor(**SETTINGS), _Places()
+    entries = list(_entries(places, _find_files(places, f"tar://*.{kind}::{tmp_path}/tables.tar"), 100, None))
+    def run(readers):
+        return [(name, str(a)) for name, a in _answers(predictor, places, (image for e in entries for image in _images(places, e, None)), readers, 64)]
+    one = run(1)
+    assert len(one) == 140 and not any("cannot be read" in a or "not an image" in a for _, a in one)
+    for _ in range(3):
+        assert run(16) == one
+
+
 def test_addresses_with_a_host_and_a_result_that_is_not_local(photos, expected, tmp_path):
     fsspec.register_implementation("distant", _Distant, clobber=True)
     assert _Places().name("distant://host/photos", "/photos/a.png") == "distant://host/photos/a.png"

@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -290,6 +292,25 @@ def test_downloads_are_kept_only_with_the_right_sum(canary, tmp_path, monkeypatc
 
 
 # ------------------------------------------------------------------------------------------------ the source
+
+def test_prediction_opens_no_connection(tmp_path):
+    "Python reports every connection and every question for an address to its audit hooks, before it happens."
+    code = """
+import sys
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"): print(event, args, file=sys.stderr); raise SystemExit(9)
+sys.addaudithook(refuse)
+if sys.argv[1:] == ["call"]:
+    import urllib.request; urllib.request.urlopen("http://127.0.0.1:9/")
+from fer_nbdev.cli import main
+main()
+"""
+    def run(*args): return subprocess.run([sys.executable, "-c", code, *args], cwd=tmp_path, capture_output=True, text=True)
+    assert run("call").returncode == 9  # it would be seen
+    for command in (["predict", "--json"], ["predict", "--model", "fast", "--tta", "--annotate", "out"], ["models"]):
+        done = run(*command)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
 
 def test_nothing_in_the_package_unpickles():
     "`torch.load` without weights_only, pickle.load, yaml.load with another loader, eval and exec do not occur."

@@ -110,3 +110,19 @@ def test_wrong_lines_are_refused(tmp_path):
         with pytest.raises(ValueError, match=said):
             tune(TINY, TABLE, [line], tmp_path / "search")
     assert not (tmp_path / "search").exists()
+
+
+def test_values_that_do_not_go_together_are_given_up(tmp_path, capsys):
+    "Each is right by itself, so the space is taken; the pair is refused when it comes, and the search goes on and can be resumed."
+    space = ["sampling=null,oversample", "class_weights=null,inverse"]
+    tune(TINY.set(["epochs=1", "class_weights=null"]), TABLE, space, tmp_path / "search", n_trials=2, device="cpu")
+    study = tune(None, TABLE, None, tmp_path / "search", n_trials=6, resume=True, device="cpu")
+    states = {(t.params["sampling"], t.params["class_weights"]) == ("oversample", "inverse"): t.state.name for t in study.trials}
+    assert len(study.trials) == 6 and states == {True: "PRUNED", False: "COMPLETE"}
+    assert "given up after  0 epochs: no score" in (said := capsys.readouterr().out) and "both bring rare classes back" in said
+
+
+def test_without_public_test_a_tenth_of_training_chooses_and_is_named(tmp_path):
+    tune(TINY.set(["epochs=1"]), TABLE.split("Training"), SPACE, tmp_path / "search", n_trials=1, device="cpu")
+    best = Recipe.read(tmp_path / "search" / "best.yaml")
+    assert best.valid == .1 and best.about.endswith("on 0.1.")
