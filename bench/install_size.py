@@ -62,7 +62,8 @@ def main():
             "fer_nbdev": round(own, 1), "packages": packages, "seconds": round(seconds, 1),
             "largest": {name: mb for mb, name in largest}, "within_limits": within},
            question="How large is the plain install?",
-           answer=f"{size:.0f} MB in {packages} packages, pip included; installed in {seconds:.0f} s",
+           answer=f"{size:.0f} MB in {packages} packages, pip included; installed in {seconds:.0f} s"
+                  + ("" if within else f"; at most {LIMITS['megabytes']} MB in {LIMITS['packages']} were asked for"),
            versions=versions, limits=LIMITS)
     return within
 
