@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .evaluate import face_losses
+from .evaluate import check_probs, face_losses
 
 # %% ../nbs/06a_calibrate.ipynb #1fc4adbe
 def fit_temperature(
@@ -70,8 +70,8 @@ def fit_calibration(
     folds: int = 10,  # parts that are predicted from the others
     seed: int = 0,  # of the parts
 ) -> Calibration:
-    "The calibration of a model. Raises `ValueError` for an unknown method and for fewer rows than folds."
-    probs, emotion = np.asarray(probs), np.asarray(emotion)
+    "The calibration of a model. Raises `ValueError` for what is no probabilities (logits, say), for an unknown method and for fewer rows than folds."
+    probs, emotion = check_probs(probs, emotion), np.asarray(emotion)
     if method not in ("auto", *CALIBRATIONS): raise ValueError(f"method={method!r}: expected auto, {', '.join(CALIBRATIONS)}")
     if not 2 <= folds <= len(emotion): raise ValueError(f"{len(emotion)} rows in {folds} parts: expected at least two parts, and a row for each")
     parts = np.array_split(np.random.default_rng(seed).permutation(len(emotion)), folds)

@@ -405,6 +405,10 @@ TRACKERS = ("tensorboard", "wandb")  # experiment trackers that `train` can writ
 def _create_tensorboard(out):
     from fastai.callback.tensorboard import TensorBoardCallback
     class TensorBoard(TensorBoardCallback):
+        def before_fit(self):
+            super().before_fit()
+            self.learn.train_iter = getattr(self.learn, "first_epoch", 0)*len(self.dls.train)  # a resumed run goes on where its curves ended
+
         def after_batch(self):
             if not self.training: return
             self.writer.add_scalar("train_loss", self.smooth_loss, self.train_iter)

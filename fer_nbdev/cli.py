@@ -138,14 +138,16 @@ def _annotate(out, picture, name, preds):
     plot_predictions(picture, preds, ax=fig.subplots())
     with write_whole(out/f"{name}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
 
-def _names(images):
-    "A different file stem for every image, also where capitals and small letters are the same."
+def _names(images, out):
+    "A stem of a picture in `out` for every image: a different one for each, also where capitals and small letters are the same, and never that of an image which is read."
     taken, names = {}, []  # a name as file systems compare it -> the number that the next one like it tries first
-    def plain(name): return normalize("NFC", name).casefold()
+    def plain(name): return normalize("NFC", str(name)).casefold()
+    read = {plain(os.path.realpath(image)) for image in images}
+    def is_free(name): return plain(name) not in taken and plain(os.path.realpath(out/f"{name}.png")) not in read
     for image in images:
         stem = name = "stdin" if image == "-" else Path(image).stem
         for n in count(taken.get(plain(stem), 2)):
-            if plain(name) not in taken: break
+            if is_free(name): break
             name, taken[plain(stem)] = f"{stem}-{n}", n + 1
         taken[plain(name)] = 2
         names.append(name)
@@ -182,7 +184,8 @@ def _arguments(images, files_from):
 
 def _listed(files_from):
     "The paths in a file, one a line."
-    listed = list(filter(None, (sys.stdin.read() if str(files_from) == "-" else Path(files_from).read_text(encoding="utf-8")).splitlines()))
+    text = sys.stdin.buffer.read() if str(files_from) == "-" else Path(files_from).read_bytes()
+    listed = list(filter(None, text.decode("utf-8-sig", "surrogateescape").splitlines()))
     if not listed: raise ValueError(f"--files-from {files_from} names no image: expected one path a line")
     return listed
 
@@ -203,7 +206,8 @@ def _predict_here(images, workers, as_json, as_csv, annotate, latency, **setting
     if annotate: annotate.mkdir(parents=True, exist_ok=True)
     if as_csv: _begin_csv([*_COLUMNS, *predictor.classes])
     answers = predictor.predict_many([_source(image) for image in images], workers)
-    for image, name, (source, preds) in zip(images, _names(images), _progress(answers, len(images), on=len(images) > 4)):
+    names = _names(images, annotate) if annotate else images
+    for image, name, (source, preds) in zip(images, names, _progress(answers, len(images), on=len(images) > 4)):
         _print_answer(image, preds, as_json, as_csv)
         if isinstance(preds, Exception): continue
         if annotate: _annotate(annotate, source, name, preds)
@@ -392,7 +396,7 @@ def models():
 def _read_data(data, classes=None):
     "The table at `data`, with a word on stderr, since the first read of the csv takes seconds."
     from fer_nbdev.data import read_fer2013
-    table = read_fer2013(data, classes=tuple(classes.split(",")) if isinstance(classes, str) else classes)
+    table = read_fer2013(data, classes=tuple(c.strip() for c in classes.split(",")) if isinstance(classes, str) else classes)
     print(table, file=sys.stderr)
     return table
 
@@ -567,9 +571,12 @@ def _print_damage(damaged):
 
 # %% ../nbs/14_cli.ipynb #fe726e11
 def _open(model, tta):
-    "An ONNX file stays a path; any other model is opened."
+    "An ONNX file without a card stays a path; any other model is opened."
     from fer_nbdev.inference import Predictor
-    return model if Path(model).suffix == ".onnx" else Predictor(model, tta=tta)
+    path = Path(expand_home(model))
+    if path.name == "model.onnx" and (path.parent/"card.json").is_file(): return Predictor(path.parent, tta=tta)
+    if path.suffix == ".onnx" and tta: raise ValueError(f"--tta: not for {model}, an ONNX file without a card")
+    return model if path.suffix == ".onnx" else Predictor(model, tta=tta)
 
 def _print_comparison(c, e, other):
     "Which of two models is better, and whether that is more than chance."
@@ -620,6 +627,6 @@ def export(
     about: dict[str, Any] = {} if licence is None else dict(licence=licence)
     if others: return _print_card(export_ensemble([checkpoint, *others], out, table, **about), out)
     if checkpoint in bundled_models() or Path(checkpoint, "card.json").is_file():
-        if table is None: raise ValueError(f"{checkpoint} is a finished model: --data calibrates it on other faces, and with --int8 turns it into eight bits")
+        if table is None or float32: raise ValueError(f"{checkpoint} is a finished model, whose weights are what they are: --data calibrates it on other faces, and with --int8 turns it into eight bits")
         return _print_card((quantize_model if int8 else calibrate_model)(checkpoint, out, table, **about), out)
     _print_card((export_weights if Path(checkpoint).is_file() else export_run)(checkpoint, out, table, weights=weights, **about), out)

@@ -85,7 +85,7 @@ def _to_8bit(arr, what):
     "Scale a 16-bit or float [h, w] array to uint8"
     lo, hi = (float(arr.min()), float(arr.max()))
     if arr.dtype.kind == 'f': top = 1. if hi <= 1 else 255.
-    else: top = 65535.
+    else: top = 255. if arr.dtype.itemsize > 2 and hi <= 255 else 65535. # levels of 8 bits in 32, as some microscopes and programs write them
     if not 0 <= lo <= hi <= top: # also False for NaN
         raise ValueError(f'{what} has pixel values from {lo:g} to {hi:g}; expected 0..65535 in integers, or 0..1 or 0..255 in floats. '
                          'Scale it to 8 bits first')
@@ -233,7 +233,7 @@ def read_image(
 ) -> np.ndarray: # RGB, uint8 [h, w, 3], upright
     """Read any image as an upright RGB array.
 
-    EXIF rotation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 0..255; of an animation
+    EXIF rotation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 0..255 (by what they can hold: 12 bits in a 16-bit file stay dark); of an animation
     the first frame is taken (of an open PIL image the frame it stands at). A three-channel array is returned as it is, without a copy if it is contiguous.
     Arrays are RGB: what `cv2.imread` returns is BGR, so pass `image[..., ::-1]`.
 

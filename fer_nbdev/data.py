@@ -248,6 +248,7 @@ def _parse_row(field, line, name):
 def _open_csv(path):
     "The csv behind `path` as a binary stream, decompressed on the fly."
     suffix = path.suffix.lower()
+    if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")): raise ValueError(f"{path}: unpack it first (tar -xf), and give the csv inside")
     if suffix == ".gz": return gzip.open(path, "rb")
     if suffix == ".xz": return lzma.open(path, "rb")
     if suffix != ".zip": return open(path, "rb")
@@ -260,7 +261,7 @@ def _csv_columns(header, name):
     "Position of emotion, pixels and usage in the header line."
     columns = [c.strip().strip('"').lower() for c in header.decode("utf-8-sig", "replace").split(",")]
     missing = [c for c in ("emotion", "pixels", "usage") if c not in columns]
-    if missing: raise ValueError(f"{name}, line 1: no column {', '.join(missing)}; found {', '.join(columns)[:200]}; expected emotion, pixels and Usage")
+    if missing: raise ValueError(f"{name}, line 1: no column {', '.join(missing)}; found {ascii(', '.join(columns)[:200])}; expected emotion, pixels and Usage")
     return [columns.index(c) for c in ("emotion", "pixels", "usage")]
 
 # %% ../nbs/01_data.ipynb #970299c6
@@ -345,17 +346,26 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 def _class_folders(root):
     "[(class name, usage code, folder)] of a folder of class folders, or of split folders of class folders."
-    found = []
-    for d in sorted(p for p in root.iterdir() if p.is_dir()):
-        if d.name.lower() in _CLASS_OF: found.append((_CLASS_OF[d.name.lower()], 0, d))
-        elif d.name.lower() in _USAGE_OF:
-            inside = sorted(p for p in d.iterdir() if p.is_dir())
-            unknown = [p.name for p in inside if p.name.lower() not in _CLASS_OF]
-            if unknown: raise ValueError(f"{d}: {unknown} are not emotions; expected among {', '.join(sorted(_CLASS_OF))}")
-            found += [(_CLASS_OF[p.name.lower()], _USAGE_OF[d.name.lower()], p) for p in inside]
-    if not found:
-        raise ValueError(f"{root}: no class folders; expected train/ and test/ (or train/, val/, test/) with one folder a class: {', '.join(EMOTIONS)}")
-    return found
+    inside = _folders_in(root)
+    splits = [d for d in inside if d.name.lower() in _USAGE_OF]
+    found = [(_USAGE_OF[d.name.lower()], p) for d in splits for p in _folders_in(d)] or [(0, d) for d in inside if d.name.lower() in _CLASS_OF]
+    if not found: raise ValueError(f"{root}: no class folders; expected train/ and test/ (or train/, val/, test/) with one folder a class: {', '.join(EMOTIONS)}")
+    _check_known(root, inside, _USAGE_OF if splits else _CLASS_OF, "splits" if splits else "emotions")
+    for d in splits: _check_known(d, _folders_in(d), _CLASS_OF, "emotions")
+    return [(_CLASS_OF[d.name.lower()], usage, d) for usage, d in found]
+
+def _folders_in(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name != "__MACOSX")
+
+def _check_known(folder, inside, known, what):
+    "Raise ValueError for a folder whose faces would be left out without a word."
+    if unknown := [p.name for p in inside if p.name.lower() not in known]: raise ValueError(f"{folder}: {unknown} are not {what}; expected among {', '.join(sorted(known))}")
+
+def _images_in(folder):
+    "The images in a class folder; ValueError where there is something else instead."
+    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))  # hidden: notes of a Mac, leftovers
+    images = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
+    if inside and not images: raise ValueError(f"{folder}: no images in it, but {inside[0].name!r}; expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
+    return images
 
 def _read_face(path):
     "One image file as uint8 [48, 48]: grayscale, resized where it has another size."
@@ -368,7 +378,7 @@ def _read_folders(root):
     "pixels, emotion, usage code and classes of the class folders under `root`; images are decoded on all cores."
     folders = _class_folders(root)
     classes = tuple(e for e in EMOTIONS if e in {c for c, _, _ in folders})
-    items = [(p, classes.index(c), u) for c, u, d in folders for p in sorted(d.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]  # hidden: notes of a Mac, leftovers
+    items = [(p, classes.index(c), u) for c, u, d in folders for p in _images_in(d)]
     if not items: raise ValueError(f"{root}: the class folders hold no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     with ThreadPoolExecutor() as pool: pixels = np.stack(list(pool.map(_read_face, [p for p, _, _ in items])))
     return pixels, np.array([e for _, e, _ in items]), np.array([u for _, _, u in items]), classes

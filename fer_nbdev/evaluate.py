@@ -51,7 +51,8 @@ def calibration_error(
     emotion: np.ndarray,  # int [n], true classes
     n_bins: int = 15,  # bins of equal width in confidence
 ) -> float:
-    "Expected calibration error (ECE), 0 where confidence equals accuracy in every bin, at most 1."
+    "Expected calibration error (ECE), 0 where confidence equals accuracy in every bin, at most 1. Raises `ValueError` for fewer than one bin, and as `check_probs` does."
+    if n_bins < 1: raise ValueError(f"n_bins={n_bins!r}: expected one bin or more")
     return float(sum(share * abs(conf - acc) for share, conf, acc in _bins(check_probs(probs, emotion), emotion, n_bins)))
 
 # %% ../nbs/06_evaluate.ipynb #8aab8679
@@ -62,7 +63,7 @@ def class_curves(
 ) -> dict:
     """Each class against the rest: `{class: {fpr, tpr, precision, recall, auc, average_precision}}`, the first four arrays along the threshold
     (`fpr` and `tpr` of one length, `precision` and `recall` of another). Classes with no face, or all of them, are left out."""
-    probs, curves = check_probs(probs, emotion, classes), {}
+    probs, emotion, curves = check_probs(probs, emotion, classes), np.asarray(emotion), {}
     for i, c in enumerate(classes):
         is_it, p = emotion == i, probs[:, i]
         if is_it.all() or not is_it.any(): continue
@@ -79,7 +80,7 @@ def score(
     """Scores of one split as plain numbers, ready for JSON: n, accuracy, balanced_accuracy, top2_accuracy, macro_f1, macro_precision, macro_recall,
     weighted_f1, macro_auc, log_loss, ece, `per_class` (precision, recall, f1, support, auc, average_precision by name; the areas are None where
     a class has no curves) and `confusion` (counts, rows are the truth). Macro means are over the classes that are labelled or predicted, as in scikit-learn."""
-    probs = check_probs(probs, emotion, classes)
+    probs, emotion = check_probs(probs, emotion, classes), np.asarray(emotion)
     pred, every, curves = probs.argmax(1), np.arange(len(classes)), class_curves(probs, emotion, classes)
     per_class = np.stack(precision_recall_fscore_support(emotion, pred, labels=every, zero_division=0.), 1)
     precision, recall, f1, support = per_class.T
@@ -306,7 +307,7 @@ def _open_onnx(path, classes):
     (name, _, (_, size, _)), cv2 = inputs[0], import_cv2()
     output = "probs" if "probs" in [o.name for o in session.get_outputs()] else session.get_outputs()[0].name
     def predict_faces(faces, bs=256):
-        if isinstance(size, int) and faces.shape[1] != size: faces = np.stack([cv2.resize(f, (size, size)) for f in faces])
+        if isinstance(size, int) and faces.shape[1] != size: faces = np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA if f.shape[0] > size else cv2.INTER_LINEAR) for f in faces])
         return np.concatenate([session.run([output], {name: faces[i:i + bs]})[0] for i in range(0, len(faces), bs)])
     return _Opened(predict_faces, tuple(classes), dict(name=path.stem))
 

@@ -137,7 +137,7 @@ class Network:
     ) -> torch.Tensor:
         "The faces as the network takes them: normalised float32 [n, 1, h, w] on its device."
         faces = np.asarray(faces)
-        if faces.dtype != np.uint8 or faces.ndim != 3 or not len(faces): raise ValueError(f"expected faces uint8 [n, h, w], got {faces.dtype} {faces.shape}")
+        if faces.dtype != np.uint8 or faces.ndim != 3 or not len(faces) or faces.shape[1] != faces.shape[2]: raise ValueError(f"expected square faces, uint8 [n, h, w], got {faces.dtype} {faces.shape}")
         mean, std = self.stats
         return (torch.from_numpy(faces).to(next(self.model.parameters()).device)[:, None].float()/255 - mean) / std
 
@@ -294,6 +294,7 @@ def grad_cam(
     if method not in CAMS: raise ValueError(f"method={method!r}: expected {' or '.join(CAMS)}")
     x, targets = network.prepare(faces), _targets(emotion, len(faces), network.classes)
     names = default_layers(network, method, x.shape[-1]) if layer is None else [layer] if isinstance(layer, str) else list(layer)
+    if not names: raise ValueError("layer=[]: expected the name of a layer, or several; None takes those that default_layers names")
     known = () if layer is None else map_layers(network, x.shape[-1])
     unknown = [n for n in names if layer is not None and n not in known]
     if unknown: raise ValueError(f"layer {unknown[0]!r} gives no map that reaches the answer; map_layers lists those that do, such as {', '.join(difflib.get_close_matches(unknown[0], known) or list(known)[-3:])}")

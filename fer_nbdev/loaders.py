@@ -238,6 +238,7 @@ class Augment:
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
+            if f.name == "erase" and len(v) != 2: raise ValueError(f"erase={v!r}: expected two increasing numbers between 0 and 1")
             low, high = v if f.name == "erase" else (v, v)
             limit = 180 if f.name == "rotate" else 1
             if not 0 <= low <= high <= limit: raise ValueError(f"{f.name}={v!r}: expected {'two increasing numbers' if f.name == 'erase' else 'a number'} between 0 and {limit}")

@@ -77,7 +77,10 @@ class Recipe(Task):
     patience: int | None = None  # stop after so many epochs without a better `monitor`
     seed: int = 0
 
-    def __post_init__(self): check_recipe(self)
+    def __post_init__(self):
+        check_recipe(self)
+        for f in fields(self):  # 2.0 epochs are 2
+            if _kind(f) is int and isinstance(v := getattr(self, f.name), float): object.__setattr__(self, f.name, int(v))
 
 # %% ../nbs/04a_recipe.ipynb #5791c18d
 OPTIMIZERS = {o.__name__.lower(): o for o in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam,
@@ -101,7 +104,7 @@ _KINDS: dict[type, tuple] = {str: ("a text", str), dict: ("a mapping", dict), tu
 def _check_kind(field, value):
     "Raise ValueError where a field holds another kind of value than it should."
     kinds = get_args(field.type) or (field.type,)
-    if value is None and (field.default is None or field.name == "augment") or kinds[0] not in _KINDS or kinds[0] is str and kinds[1:2] == (float,): return
+    if value is None and (field.default is None or field.name == "augment") or kinds[0] not in _KINDS or field.name == "valid": return
     what, kind = _KINDS[kinds[0]]
     if not isinstance(value, kind): raise ValueError(f"{field.name}={str(value)[:80]!r}: expected {what}")
 
@@ -110,6 +113,13 @@ def _check_number(name, value, kind):
     what = "a whole number" if kind is int else "a number"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or kind is int and value != int(value): raise ValueError(f"{name}={value!r}: expected {what}")
     if value < 0 or value == 0 and name in _ABOVE_ZERO: raise ValueError(f"{name}={value!r}: expected {what} above zero")
+
+def _check_faces(recipe):
+    "Raise ValueError for a split, statistics of pixels or weights that can't be."
+    valid, stats = recipe.valid, recipe.stats
+    if not isinstance(valid, str) and (isinstance(valid, bool) or not isinstance(valid, (int, float)) or not 0 < valid < 1): raise ValueError(f"valid={valid!r}: expected the name of a split or a fraction between 0 and 1")
+    if stats is not None and not (len(stats) == 2 and all(isinstance(s, (int, float)) and isfinite(s) for s in stats) and stats[1] > 0): raise ValueError(f"stats={stats!r}: expected a mean and a standard deviation above zero")
+    if not isinstance(recipe.pretrained, (bool, str)): raise ValueError(f"pretrained={recipe.pretrained!r}: expected true, false or the path of a file with weights")
 
 def _check_keys(name, settings, known):
     "Raise ValueError where a dict holds keys that nobody reads."
@@ -133,10 +143,13 @@ def check_recipe(
     if not 0 < recipe.pct_start < 1 or not 0 <= recipe.ema < 1: raise ValueError(f"pct_start={recipe.pct_start!r}, ema={recipe.ema!r}: expected numbers between 0 and 1")
     if recipe.freeze_epochs and recipe.pretrained is False: raise ValueError(f"freeze_epochs={recipe.freeze_epochs}: there is nothing worth freezing in a network without pretrained weights; set pretrained")
     unknown = [c for c in recipe.classes or () if c not in EMOTIONS]
-    if unknown: raise ValueError(f"classes={recipe.classes!r}: expected among {', '.join(EMOTIONS)}")
+    if unknown or recipe.classes and len(recipe.classes) < 2: raise ValueError(f"classes={recipe.classes!r}: expected two or more of {', '.join(EMOTIONS)}")
+    _check_faces(recipe)
     if recipe.mixup and recipe.cutmix: raise ValueError(f"mixup={recipe.mixup}, cutmix={recipe.cutmix}: both mix the faces of a batch; set one of them to 0")
     if recipe.sampling and recipe.class_weights: raise ValueError(f"sampling={recipe.sampling}, class_weights={recipe.class_weights}: both bring rare classes back, together twice as much; set one of them to null")
     _check_keys(f"schedule_args of {recipe.schedule}", recipe.schedule_args, _SCHEDULE_ARGS.get(recipe.schedule, ()))
+    for k, v in recipe.schedule_args.items(): _check_number(f"schedule_args.{k}", v, int if k == "patience" else float)
+    if not 0 < recipe.schedule_args.get("factor", .1) < 1: raise ValueError(f"schedule_args.factor={recipe.schedule_args['factor']!r}: expected a number between 0 and 1")
     create_augment(recipe.augment)
 
 # %% ../nbs/04a_recipe.ipynb #3d10145d
@@ -161,6 +174,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent): raise yaml.YAMLError("a recipe has no references (*name)")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value): raise yaml.YAMLError(f"a key is there twice, among {', '.join(map(str, found))}")
+        return found
 
 def _read_yaml(text, where):
     "What a yaml text holds: texts, numbers, lists and mappings, as JSON could hold them too."

@@ -130,20 +130,26 @@ class _Entry(NamedTuple):
     start: int | None = None # first byte of the range in a csv
     stop: int | None = None
 
+def _is_open(record):
+    "Is the last field of a record quoted, and not closed yet? A quote opens a field where it is its first character, and is one like any other elsewhere"
+    return bool(re.search(rb'(?:^|,)"(?:[^"]|"")*$', re.sub(rb'(?:(?<=,)|^)"(?:[^"]|"")*"(?=[,\r\n]|$)', b'', record)))
+
 def _csv_records(file):
     "(first byte, byte after the last) of each record of an open csv; a quoted field may hold line breaks"
-    start = at = quotes = 0
+    start, at, begun = 0, 0, b''
     for line in file:
-        at, quotes = at + len(line), quotes + line.count(b'"')
-        if quotes % 2: continue
+        at += len(line)
+        if (begun or b'"' in line) and _is_open(begun := begun + line): continue
         if at - start > len(line) or line.strip(): yield start, at
-        start = at
+        start, begun = at, b''
     if start < at: yield start, at
 
 def _csv_fields(data):
     "Bytes of a csv -> its rows as lists of text"
     csv.field_size_limit(2**31 - 1) # of one row: the pixels of a photo are long
-    return (row for row in csv.reader(io.StringIO(data.decode('utf-8-sig'), newline='')) if row)
+    try: text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as e: raise ValueError(f'the table is not a text in UTF-8: {e}') from None
+    return (row for row in csv.reader(io.StringIO(text, newline='')) if row)
 
 def _csv_header(file):
     "The names of the columns of an open csv"

@@ -72,9 +72,10 @@ def _read_form(body, content_type, most):
         if len(found) >= most: raise FormParserError(f'more than {most} parts')
         found.append(((part.field_name or b'').decode('utf-8', 'replace'), value, name))
     kind, options = parse_options_header(content_type)
+    if (boundary := options.get(b'boundary')) and b'--' + boundary + b'--' not in body: raise _refusal(422, 'the form is damaged: it ends before its last boundary')
     try:
         parser = FormParser(kind.decode('latin-1'), lambda f: add(f, None, f.value or b''), lambda f: add(f, (f.file_name or b'').decode('utf-8', 'replace'), f.file_object.getvalue()), # type: ignore[union-attr]
-                            boundary=options.get(b'boundary'), config={'MAX_MEMORY_FILE_SIZE': len(body) + 1, 'MAX_BODY_SIZE': len(body) + 1})
+                            boundary=boundary, config={'MAX_MEMORY_FILE_SIZE': len(body) + 1, 'MAX_BODY_SIZE': len(body) + 1})
         parser.write(body)
         parser.finalize()
     except (FormParserError, ValueError, AssertionError) as e: raise _refusal(422, f'the form is damaged: {e}') from None
@@ -390,10 +391,15 @@ def _guard(tokens):
         if found is None or not _knows(tokens, found.credentials): raise _refusal(401, 'give a known token: Authorization: Bearer TOKEN')
     return [Depends(check)] if tokens else []
 
+def _host(origin):
+    "Host and port of an origin, None where it is none"
+    try: return urlsplit(origin).netloc
+    except ValueError: return None
+
 def _may_stream(ws, tokens, cors):
     "May this websocket be opened? -> the subprotocol to answer with, or None; raises a refusal"
     origin, offered = ws.headers.get('origin'), [p.strip() for p in ws.headers.get('sec-websocket-protocol', '').split(',') if p.strip()]
-    if origin and urlsplit(origin).netloc != ws.headers.get('host') and origin not in cors: raise _refusal(404, 'this page may not open a stream here')
+    if origin and _host(origin) != ws.headers.get('host') and origin not in cors: raise _refusal(404, 'this page may not open a stream here')
     given = [p[7:] for p in offered if p.startswith('bearer.')] + [ws.headers.get('authorization', '')[7:]]
     if tokens and not any(_knows(tokens, g) for g in given): raise _refusal(401, 'give a known token')
     return 'fer.v1' if 'fer.v1' in offered else None

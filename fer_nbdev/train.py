@@ -205,16 +205,22 @@ def prepare_table(
 
 def _check_same(out, recipe, data, teachers):
     "Raise ValueError where the run in `out` was started with another recipe, on other data or with other teachers."
-    ours, before = plain_recipe(read_recipe(out/"recipe.yaml")), json.loads((out/"run.json").read_text())
+    before = _read_json(out/"run.json")
+    ours = plain_recipe(Recipe(**before["recipe"]))
     changed = [k for k, v in plain_recipe(recipe).items() if v != ours[k]]
-    if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it without one, or choose another folder")
+    if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it as it was begun, without a recipe and with the recipe.yaml that it wrote, or choose another folder")
     if before.get("teachers", []) != teachers: raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
     if before["data"]["sha256"] != data["sha256"]: raise ValueError(f"{out} was started on other data ({before['data']['source']}, {before['data']['rows']})")
+
+def _has_weights(out):
+    "Has a run come to the end of an epoch? One that has not may be begun anew."
+    return any((out/f"{which}.safetensors").exists() for which in ("last", "best"))
 
 def _choose_recipe(out, recipe, resume, table):
     "The recipe of a run, complete: the one given, or that of the run which is resumed."
     begun = (out/"run.json").exists()
-    if begun and not resume: raise ValueError(f"{out} already holds a run: resume it (resume=True, --resume) or choose another folder")
+    if _has_weights(out) and not begun: raise ValueError(f"{out} holds weights, and no run.json that says of what: choose another folder")
+    if _has_weights(out) and not resume: raise ValueError(f"{out} already holds a run: resume it (resume=True, --resume) or choose another folder")
     if recipe is None and not begun: raise ValueError(f"{out} holds no run to resume: give a recipe")
     if recipe is None: return read_recipe(out/"recipe.yaml")
     recipe = replace(recipe, valid=_valid_or_tenth(recipe.valid, prepare_table(recipe, table).usage))  # what is written down shall be what was done
@@ -222,7 +228,7 @@ def _choose_recipe(out, recipe, resume, table):
 
 def _read_checkpoint(out, recipe, data, teachers):
     "The checkpoint of a run that is resumed, None of one that begins; refuses another recipe, other data and other teachers."
-    if (out/"run.json").exists(): _check_same(out, recipe, data, teachers)
+    if _has_weights(out): _check_same(out, recipe, data, teachers)
     return load_checkpoint(out/"last.safetensors") if (out/"last.safetensors").exists() else None
 
 # %% ../nbs/05_train.ipynb #2f043eb4
@@ -304,7 +310,7 @@ def train(
     learn.add_cbs(run_cbs := _run_cbs(recipe, out, checkpoint[1] if checkpoint else (), progress, track, about) + L(cbs))
     if not progress: learn.remove_cb(ProgressCallback); learn.logger = noop
     if checkpoint: _restore(learn, checkpoint)
-    if not rank_distrib() and not (out/"run.json").exists(): _begin(out, recipe, about)
+    if not rank_distrib() and not checkpoint: _begin(out, recipe, about)
     lrs, schedule = group_lrs(recipe), schedule_cbs(recipe, len(dls.train))
     with distribute(learn): learn.fit(recipe.freeze_epochs + recipe.epochs, lrs, wd=[recipe.wd, 0.]*(len(lrs)//2), cbs=schedule)
     return _finish(learn, out, recipe, run_cbs)
@@ -352,6 +358,9 @@ def fold_tables(
 ) -> list:
     "k tables of the Training rows; in each, another k-th of them (stratified by class) is marked PublicTest."
     rows = table.split("Training")
+    count = np.bincount(rows.emotion, minlength=len(rows.classes))
+    few = [f"{n} {c}" for c, n in zip(rows.classes, count) if 0 < n < k]
+    if few: raise ValueError(f"{k} folds, and {', '.join(few)} among the Training rows: every fold needs a face of each class")
     folds = StratifiedKFold(k, shuffle=True, random_state=seed).split(rows.pixels, rows.emotion)
     def mark(valid):
         usage = rows.usage.copy(); usage[valid] = "PublicTest"

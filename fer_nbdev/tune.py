@@ -96,25 +96,21 @@ class ReportTrial(Callback):
     def _report(self, row): self.trial.report(row[self.monitor], row["epoch"] + 1)
 
 # %% ../nbs/13a_tune.ipynb #66655c65
-def _trial_recipe(recipe, trial):
-    "The recipe of a trial. Values that are right by themselves may not go together: such a trial is given up before it begins."
-    try: return recipe.set(_settings(trial.params))
-    except ValueError as e: raise require("optuna", "scale").TrialPruned(str(e).removeprefix("set: ")) from None
-
 def _run_trial(study, trial, recipe, table, out, device):
-    "Train one trial and tell the study how it ended; a score that is no number counts as a failure."
+    "Train one trial and tell the study how it ended. Values that training refuses are given up, a score that is no number is a failure."
     from optuna import TrialPruned
     from optuna.trial import TrialState
     run = out/"trials"/trial.user_attrs.get("folder", f"{trial.number:03d}")
     trial.set_user_attr("folder", run.name)
-    try: train(_trial_recipe(recipe, trial), table, run, resume=True, device=device, progress=False, cbs=[ReportTrial(trial, recipe.monitor)])
-    except TrialPruned as e:
+    try: train(recipe.set(_settings(trial.params)), table, run, resume=True, device=device, progress=False, cbs=[ReportTrial(trial, recipe.monitor)])
+    except (TrialPruned, ValueError) as e:
         state, score = TrialState.PRUNED, None
         trial.set_user_attr("why", str(e))
     else:
         rows = json.loads((run/"history.json").read_text())
         score = rows[best_epoch(rows, recipe.monitor)][recipe.monitor]
         state = TrialState.FAIL if math.isnan(score) else TrialState.COMPLETE
+        if state == TrialState.FAIL: trial.set_user_attr("why", "its score is no number")
     study.tell(trial, None if state != TrialState.COMPLETE else score, state)
     (run/"last.safetensors").unlink(missing_ok=True)  # nobody goes on from here
 
@@ -234,7 +230,7 @@ def tune(
     table: FER2013,  # Training rows, and PublicTest rows to score on; PrivateTest rows are left out
     space: list | None,  # strings like `lr=log:1e-3:1e-1`, `optimizer=adam,sgd`, `augment.rotate=0:20`; None takes those of the search being resumed
     out,  # folder of the search
-    n_trials: int = 20,  # trials in all, finished or given up, those before a resume included
+    n_trials: int = 20,  # trials in all, finished, given up or failed, those before a resume included
     resume: bool = False,  # go on with the search in `out`; begins it where there is none
     device=None,  # torch device; None takes the GPU where there is one
     min_epochs: int = 1,  # epochs that every trial gets
@@ -254,7 +250,7 @@ def tune(
         study = _open_study(out, recipe, min_epochs, reduction)
         if resume: _retry_running(study)
         drawn = time.time()
-        while len(_done(study)) < n_trials:
+        while len(_done(study)) + sum(t.state.name == "FAIL" and "why" in t.user_attrs for t in study.trials) < n_trials:
             trial = study.ask(distributions)
             _run_trial(study, trial, recipe, table, out, device)
             print(_trial_line(trial_rows(study)[trial.number]), *filter(None, [study.trials[trial.number].user_attrs.get("why")]), sep="   ", flush=True)

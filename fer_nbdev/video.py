@@ -57,8 +57,8 @@ def _open_capture(source, name, timeout):
 def _jump(capture, seconds, fps):
     "Go to ten seconds before `seconds`, since jumps are not exact -> number and time of the frame there; or begin at the beginning"
     cv2 = import_cv2()
-    if seconds > 30 and capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * (seconds - 10)) and capture.grab():
-        time = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+    if seconds > 30 and capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * (seconds - 10)):
+        time = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if capture.grab() else 0
         if 0 < time < seconds: return round(time * fps), time
         capture.set(cv2.CAP_PROP_POS_MSEC, 0)
     return -1, -1 / fps
@@ -86,7 +86,13 @@ def _captured(capture, name, fps, live, start=0., patience=50):
 
 def _pictured(images, name, fps):
     "The same for a list of images, or any iterable of them"
-    for index, image in enumerate(images): yield index, index / fps, lambda image=image: (True, read_image(image)[..., ::-1])
+    def read(image):
+        try: return True, read_image(image)[..., ::-1]
+        except (ValueError, OSError) as e:
+            if not isinstance(image, (str, os.PathLike)): raise # no file that may be damaged
+            warn(f'{e}; it is left out of {name}', stacklevel=4)
+            return False, None
+    for index, image in enumerate(images): yield index, index / fps, lambda image=image: read(image)
 
 # %% ../nbs/11_video.ipynb #b1831289
 def _in_order(path):
@@ -171,7 +177,7 @@ class VideoReader(_Opened):
                 if not ok: continue # damaged; the next ones may be whole
                 given += 1
                 yield Frame(index, time, import_cv2().cvtColor(np.ascontiguousarray(image), import_cv2().COLOR_BGR2RGB))
-        if time is None: raise ValueError(f'{self.name} holds no frame that can be read')
+        if time is None or not (given or self.start): raise ValueError(f'{self.name} holds no frame that can be read')
         if not given: raise ValueError(f'there is no frame at {self.start:g} s or later: {self.name} ends at {time:.2f} s')
 
 def read_frames(
@@ -435,8 +441,10 @@ class VideoWriter:
         image: np.ndarray, # RGB, uint8 [h, w, 3]
         time: float, # seconds, on the clock of the source
     ):
-        "Show this image from its time on"
+        "Show this image from its time on. Raises a `ValueError` for an array of another kind, and for a time that is no number"
         if self._temp is None: raise ValueError('a VideoWriter is a context manager: with VideoWriter(path) as out: out.write(image, time)')
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3): raise ValueError(f'a frame is RGB, uint8 [h, w, 3], got {getattr(image, "dtype", type(image).__name__)} {list(np.shape(image))}')
+        if not math.isfinite(time): raise ValueError(f'the time of a frame is in seconds, got {time!r}')
         if self._sink is None: self._open(image, time)
         due = round((time - self._begin) * self.fps) + 1 - self.count # frames up to and with this one
         if due > 10 * self.fps + 1: self._begin, due = self._begin + (due - 1) / self.fps, 1
@@ -631,10 +639,17 @@ def _save_timeline(seen, path):
         with write_whole(path) as temp: figure.savefig(temp, dpi=130)
     finally: plt.close(figure)
 
-def _outputs(files, reader, classes, out, table, jsonl):
+def _check_outputs(reader, outputs, jsonl):
+    "Raise a `ValueError` where an output is what is read, or another output, or JSON is named like something else"
+    read = [reader.source] if isinstance(reader.source, str) else [s for s in reader.source if isinstance(s, (str, os.PathLike))] if isinstance(reader.source, list) else []
+    taken = {os.path.realpath(s): 'read' for s in read}
+    for path in outputs:
+        if taken.setdefault(real := os.path.realpath(expand_home(path)), 'written') == 'read': raise ValueError(f'{str(path)!r} is what is read: choose another name')
+        if [os.path.realpath(expand_home(p)) for p in outputs].count(real) > 1: raise ValueError(f'{str(path)!r} is named for two outputs: choose another name for one of them')
+    if jsonl is not None and (suffix := Path(jsonl).suffix.lower()) in {*_CODECS, *IMAGE_SUFFIXES, '.csv', '.parquet'}: raise ValueError(f'{str(jsonl)!r} ends in {suffix}, and what is written there are lines of JSON: choose a name such as faces.jsonl')
+
+def _outputs(files, reader, classes, out, tables, jsonl):
     "Open what is to be written -> functions that take a frame, and the video or None"
-    if out is not None and isinstance(reader.source, str) and os.path.exists(expand_home(out)) and os.path.samefile(expand_home(out), reader.source): raise ValueError(f'{str(out)!r} is the video that is read: choose another name')
-    tables = [] if table is None else [table] if isinstance(table, (str, os.PathLike)) else list(table)
     sinks = [_open_table(path, classes) for path in tables] + ([] if jsonl is None else [_json_lines(jsonl)])
     video = None if out is None else VideoWriter(out, reader.fps, reader.source if isinstance(reader.source, str) and not reader.live else None)
     return [files.enter_context(sink) for sink in sinks], video and files.enter_context(video)
@@ -664,7 +679,9 @@ def process_video(
         predictor = model if isinstance(model, Predictor) else Predictor(model, detector=options.pop('detector', None) or 'auto')
         seen, stage = Timeline(predictor.classes), predict_video(reader, predictor, **options)
         if timeline is not None: _check_picture(timeline)
-        adds, video = _outputs(files, reader, predictor.classes, out, table, jsonl)
+        tables = [] if table is None else [table] if isinstance(table, (str, os.PathLike)) else list(table)
+        _check_outputs(reader, [p for p in (out, jsonl, timeline, *tables) if p not in (None, '-')], jsonl)
+        adds, video = _outputs(files, reader, predictor.classes, out, tables, jsonl)
         with closing(_ahead(stage, 1 if reader.live else 3)) as frames, suppress(*[KeyboardInterrupt] if reader.live else []):
             for frame in frames:
                 for add in (seen.add, *adds): add(frame)

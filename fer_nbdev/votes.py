@@ -42,6 +42,7 @@ def read_ferplus(
     if header.strip().split(",") != expected: raise ValueError(f"{path}, line 1: expected the columns {','.join(expected)}, found {header[:200]!r}")
     votes, usage, dropped = [], [], []
     for number, line in enumerate(lines, 2):
+        if not line.strip(): continue
         cells = line.strip().split(",")
         if len(cells) != len(expected) or cells[0] not in USAGES or not all(_is_small(c.encode(), 10) for c in cells[2:]):
             raise ValueError(f"{path}, line {number}: expected a usage, a name and ten vote counts of 0 to 10, found {line[:200]!r}")

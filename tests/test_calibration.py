@@ -111,3 +111,15 @@ def test_a_bundled_graph_does_what_its_card_says(name, tmp_path):
         proto = onnx.load_from_string(plain)
         proto.graph.node.pop()
         calibrate_graph(proto.SerializeToString(), c)
+
+
+def test_what_is_no_probability_is_refused():
+    probs = np.random.default_rng(0).dirichlet(np.ones(7), 50)
+    emotion = np.arange(50) % 7
+    for wrong, labels in ((np.log(probs), emotion), (np.log(probs) + 5, emotion), (probs * np.nan, emotion), (probs, emotion - 1), (probs, emotion + 1), (probs, emotion[:-1])):
+        with pytest.raises(ValueError):
+            fit_calibration(wrong, labels)
+    assert fit_calibration(probs, emotion.tolist()) == fit_calibration(probs, emotion)
+    with pytest.raises(ValueError, match="n_bins"):
+        calibration_error(probs, emotion, n_bins=0)
+    assert score(probs, emotion.tolist()) == score(probs, emotion)

@@ -157,3 +157,32 @@ def test_pictures_are_a_video_of_the_rate_that_is_named(trained):
         _fer(f"video frames --model fast --csv faces.csv {options}")
         with open("faces.csv", newline="") as f:
             assert float(list(csv.DictReader(f))[-1]["time"]) == pytest.approx(seconds, abs=.01)
+
+
+def test_pictures_beside_the_photos_leave_these_alone(trained):
+    folder, _ = trained
+    (folder / "photos").mkdir()
+    for name in ("a.png", "b.jpg"):
+        shutil.copy(sample_portrait(), folder / "photos" / name)
+    before = {p.name: p.read_bytes() for p in (folder / "photos").iterdir()}
+    _fer("predict photos --model fast --annotate photos")
+    after = {p.name: p.read_bytes() for p in (folder / "photos").iterdir()}
+    assert {name: after[name] for name in before} == before and after.keys() - before.keys() == {"a-2.png", "b.png"}
+
+
+def test_what_an_option_cannot_do_is_said(trained):
+    folder, _ = trained
+    graph = folder / "run/model/model.onnx"
+    shutil.copy(graph, folder / "alone.onnx")
+    assert "without a card" in _fer("evaluate alone.onnx --data fer2013.csv --tta", code=2)
+    with_card, of_folder = (json.loads(CliRunner().invoke(app, f"evaluate {m} --data fer2013.csv --tta --json".split()).stdout)["scores"]["log_loss"] for m in (graph, graph.parent))
+    assert with_card == of_folder
+    assert "weights are what they are" in _fer("export fast whole --float32 --data fer2013.csv", code=2)
+    assert "device='abacus' cannot be used here" in _fer("train --data fer2013.csv --recipe synthetic --device abacus --out nothing", code=2)
+
+
+def test_lists_of_files_from_other_systems(trained):
+    folder, _ = trained
+    shutil.copy(sample_portrait(), folder / "face.jpg")
+    (folder / "list.txt").write_bytes(b"\xef\xbb\xbfface.jpg\r\n")
+    assert json.loads(_fer("predict --model fast --json --files-from list.txt"))["image"] == "face.jpg"

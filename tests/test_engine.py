@@ -22,7 +22,7 @@ from fer_nbdev.export import export_run
 from fer_nbdev.loaders import fer_dls
 from fer_nbdev.losses import LOSSES
 from fer_nbdev.recipe import MONITORS, OPTIMIZERS, SCHEDULES, list_recipes, read_recipe
-from fer_nbdev.train import TrimMemory, fer_learner, group_lrs, load_run, prepare_table, train
+from fer_nbdev.train import TrimMemory, fer_learner, fold_tables, group_lrs, load_run, prepare_table, train
 
 WEIGHTS = weights_folder()
 SHORT = read_recipe("synthetic").set(["epochs=3", "lr=.003", "precision=fp32", "bs=32"])
@@ -223,3 +223,67 @@ def test_memory_is_trimmed_every_so_many_steps_and_after_an_epoch():
     with learn.no_bar(), learn.no_logging():
         learn.fit(2, cbs=[trim])
     assert trimmed == [3, 6, 7, 9, 12, 14]
+
+
+def test_an_edited_recipe_is_noticed(faces, tmp_path):
+    "A run goes on as run.json says that it was begun, and what it wrote says what it did."
+    train(SHORT.set(["epochs=1"]), faces, tmp_path / "run", progress=False)
+    SHORT.set(["epochs=2", "lr=.1"]).write(tmp_path / "run/recipe.yaml")
+    with pytest.raises(ValueError, match="epochs, lr differ"):
+        train(None, faces, tmp_path / "run", resume=True, progress=False)
+
+
+def test_weights_of_nobody_knows_what_are_not_trained_on(faces, tmp_path):
+    train(SHORT.set(["epochs=1"]), faces, tmp_path, progress=False)
+    (tmp_path / "run.json").unlink()
+    for recipe, resume in ((SHORT, False), (SHORT, True), (None, True)):
+        with pytest.raises(ValueError, match="no run.json"):
+            train(recipe, faces, tmp_path, resume=resume, progress=False)
+
+
+def test_a_run_that_failed_at_once_can_be_corrected(faces, tmp_path):
+    class Fail(Callback):
+        def before_train(self): raise ValueError("a disk is full")
+    with pytest.raises(ValueError, match="disk"):
+        train(SHORT.set(["lr=.5"]), faces, tmp_path, progress=False, cbs=[Fail()])
+    assert (tmp_path / "run.json").exists()
+    train(SHORT.set(["epochs=1"]), faces, tmp_path, progress=False)
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["lr"] == SHORT.lr == read_recipe(tmp_path / "recipe.yaml").lr
+
+
+@pytest.mark.parametrize("setting, said", [("valid=null", "valid"), ("valid=[PublicTest]", "valid"), ("valid=1.5", "valid"), ("stats=[a, b]", "stats"), ("stats=[.5]", "stats"), ("stats=[.5, 0]", "stats"), ("pretrained=5", "pretrained"),
+                                           ("augment.erase=[1, 2, 3]", "erase"), ("classes=[happy]", "two or more")])
+def test_what_cannot_train_is_refused_before_it_does(setting, said):
+    with pytest.raises(ValueError, match=said):
+        SHORT.set([setting])
+
+
+@pytest.mark.parametrize("schedule, settings", [("plateau", dict(patience="x")), ("plateau", dict(factor=2)), ("plateau", dict(factor=0)), ("inverse", dict(decay="x")), ("inverse", dict(decay=-1))])
+def test_schedules_are_refused_before_they_run(schedule, settings):
+    with pytest.raises(ValueError, match="schedule_args"):
+        replace(SHORT, schedule=schedule, schedule_args=settings)
+
+
+def test_whole_numbers_may_be_written_with_a_point(tmp_path):
+    recipe = SHORT.set(["epochs=2.0", "bs=20.0", "seed=1.0"])
+    assert [(v, type(v)) for v in (recipe.epochs, recipe.bs, recipe.seed)] == [(2, int), (20, int), (1, int)]
+    (tmp_path / "twice.yaml").write_text("lr: .1\nepochs: 2\nlr: .001\n")
+    with pytest.raises(ValueError, match="twice"):
+        read_recipe(tmp_path / "twice.yaml")
+
+
+def test_a_tracker_goes_on_where_its_curves_ended(faces, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with pytest.raises(KeyboardInterrupt):
+        train(SHORT, faces, tmp_path, progress=False, track="tensorboard", cbs=[Kill()])
+    train(SHORT, faces, tmp_path, resume=True, progress=False, track="tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    steps = 224 // SHORT.bs
+    assert [e.step for e in events.Scalars("accuracy")] == [steps, 2 * steps, 3 * steps]
+
+
+def test_folds_want_a_face_of_every_class(faces):
+    few = faces[(faces.emotion != 1) | (np.cumsum(faces.emotion == 1) < 2)]
+    with pytest.raises(ValueError, match="1 disgust"):
+        fold_tables(few, 3)

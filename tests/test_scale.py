@@ -454,3 +454,16 @@ def test_the_command_line_retries_and_exit_codes(ray, photos, tmp_path):
     assert (manifest["images"], manifest["parts"], manifest["settings"]["detector"]) == (142, 1, "none")
     again = predict_dataset(photos, tmp_path / "out", "fast", detector="none", retry_failed=True, workers=1)
     assert (again.parts, again.failed, again.skipped) == (1, 2, 0)
+
+
+def test_quotes_in_names_and_letters_of_other_alphabets(tmp_path, faces):
+    for name in ('5" screen.png', "plain.png", 'a,"b".png'):
+        Image.fromarray(faces.pixels[0]).save(tmp_path / name)
+    (tmp_path / "names.csv").write_text('note,path\ntall,5" screen.png\n"two\nlines, ""quoted""",plain.png\n,"a,""b"".png"\n')
+    entries = list(_entries(_Places(), [(str(tmp_path / "names.csv"), None)], 2, None))
+    assert [e.rows for e in entries] == [2, 1]
+    assert [Path(name).name for e in entries for name, _ in _images(_Places(), e, None)] == ['5" screen.png', "plain.png", 'a,"b".png']
+    (tmp_path / "latin.csv").write_bytes("path\ncaf\u00e9.png\n".encode("latin-1"))
+    entry, = _entries(_Places(), [(str(tmp_path / "latin.csv"), None)], 2, None)
+    with pytest.raises(ValueError, match="not a text in UTF-8"):
+        list(_images(_Places(), entry, None))

@@ -232,6 +232,17 @@ def test_a_body_is_cut_off_while_it_comes(server, client):
     _still_well(client)
 
 
+def test_a_form_that_is_cut_off_is_refused(client):
+    "Not answered for those of its pictures that came whole."
+    parts = b"".join(b'--xyz\r\nContent-Disposition: form-data; name="images"; filename="%d.png"\r\n\r\n' % i + _stored(np.full((48, 48), 90, np.uint8)) + b"\r\n" for i in range(2))
+    whole = parts + b"--xyz--\r\n"
+    ask = dict(headers={"Content-Type": "multipart/form-data; boundary=xyz"})
+    assert len(client.post("/v1/predict", content=whole, **ask).json()["images"]) == 2
+    for end in (len(whole) - 4, len(parts), len(parts) - 20, len(parts) // 2 + 5):
+        answer = client.post("/v1/predict", content=whole[:end], **ask)
+        assert answer.status_code == 422 and "damaged" in answer.text
+
+
 # ---------------------------------------------------------------------------------------------------------- bombs
 
 def _png(width, height, data):
@@ -347,7 +358,7 @@ def _opens(port, headers=None, protocols=None, **options):
 def test_other_pages_may_not_ask_unless_they_are_named(server, client):
     ask = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in client.options("/v1/predict", headers=ask).headers
-    assert not _opens(server[1], origin="https://example.org") and _opens(server[1], origin=f"http://127.0.0.1:{server[1]}")
+    assert not _opens(server[1], origin="https://example.org") and not _opens(server[1], origin="http://[abc") and _opens(server[1], origin=f"http://127.0.0.1:{server[1]}")
     with serving(create_app("accurate", cors=["https://example.org"])) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as open_client:
         assert open_client.options("/v1/predict", headers=ask).headers["access-control-allow-origin"] == "https://example.org"
         assert "access-control-allow-origin" not in open_client.options("/v1/predict", headers=ask | {"Origin": "https://example.com"}).headers

@@ -126,3 +126,14 @@ def test_without_public_test_a_tenth_of_training_chooses_and_is_named(tmp_path):
     tune(TINY.set(["epochs=1"]), TABLE.split("Training"), SPACE, tmp_path / "search", n_trials=1, device="cpu")
     best = Recipe.read(tmp_path / "search" / "best.yaml")
     assert best.valid == .1 and best.about.endswith("on 0.1.")
+
+
+def test_values_that_training_refuses_are_given_up(tmp_path, capsys):
+    study = tune(TINY.set(["epochs=1"]), TABLE, ["bs=300:400"], tmp_path / "search", n_trials=2, device="cpu")
+    assert [t.state.name for t in study.trials] == ["PRUNED", "PRUNED"]
+    assert "only whole batches train" in capsys.readouterr().out and not (tmp_path / "search" / "best.yaml").exists()
+
+
+def test_scores_that_are_no_numbers_end_a_search(tmp_path, capsys):
+    study = tune(TINY.set(["epochs=1", "monitor=valid_loss"]), TABLE, ["lr=1e30:1e31"], tmp_path / "search", n_trials=2, device="cpu")
+    assert [t.state.name for t in study.trials] == ["FAIL", "FAIL"] and capsys.readouterr().out.count("its score is no number") == 2

@@ -233,8 +233,13 @@ def test_image_sequences(tmp_path):
     endless = VideoReader((gradient(k % 100) for k in iter(int, 1)), end=.2)
     assert len(list(endless)) == 5 and endless.duration == pytest.approx(.2)
     (tmp_path / "frame3.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="frame3.png"):
-        list(read_frames(tmp_path))
+    with pytest.warns(UserWarning, match="frame3.png.* left out"):  # as a damaged frame of a film is
+        frames = list(read_frames(tmp_path, fps=10))
+    assert [number(f.image) for f in frames] == [1, 2, 9, 10, 11] and [f.time for f in frames] == pytest.approx([0, .1, .3, .4, .5])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no frame that can be read"):
+        list(read_frames([tmp_path / "frame3.png"]))
+    with pytest.raises(ValueError, match="uint8"):
+        list(read_frames([np.zeros((9, 9, 3))]))
 
 
 @needs_ffmpeg
@@ -710,3 +715,40 @@ def test_the_webcam_command(camera, monkeypatch, tmp_path):
 def test_the_imports_are_light():
     code = "import sys, fer_nbdev.track, fer_nbdev.video; print([m for m in 'torch fastai fastcore pandas sklearn scipy matplotlib cv2 onnxruntime'.split() if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path, predictor, without_ffmpeg):
+    write(tmp_path / "a.avi", map(gradient, range(3)))
+    (tmp_path / "frames").mkdir()
+    for k in range(3):
+        cv2.imwrite(str(tmp_path / f"frames/{k}.png"), gradient(k))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
+    a, link = tmp_path / "a.avi", tmp_path / "link.avi"
+    link.symlink_to(a)
+    for source, outputs, said in ((a, dict(out=a), "is what is read"), (a, dict(out=link), "is what is read"), (a, dict(jsonl=a), "is what is read"), 
+                                  (tmp_path / "frames", dict(timeline=tmp_path / "frames/1.png"), "is what is read"), (a, dict(jsonl=tmp_path / "b.avi"), "lines of JSON"),
+                                  (a, dict(table=[tmp_path / "t.csv", tmp_path / "t.csv"]), "two outputs")):
+        with pytest.raises(ValueError, match=said):
+            process_video(source, model=predictor, **outputs)
+    link.unlink()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == before
+
+
+def test_a_writer_takes_frames_only(tmp_path, without_ffmpeg):
+    image = gradient(1)
+    for wrong in (image[..., 0], image / 255, np.dstack([image, image[..., :1]]), image.astype(int), image.tolist()):
+        with pytest.raises(ValueError, match="uint8"), VideoWriter(tmp_path / "a.avi") as out:
+            out.write(wrong, 0.)
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="seconds"), VideoWriter(tmp_path / "a.avi") as out:
+            out.write(image, wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_far_beyond_the_end(tmp_path):
+    write(tmp_path / "long.avi", (gradient(k % 100) for k in range(400)), fps=10)
+    for start in (45, 500):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # the film is whole
+            with pytest.raises(ValueError, match=f"no frame at {start} s or later.* ends at 39.90 s"):
+                list(read_frames(tmp_path / "long.avi", start=start))
