@@ -108,7 +108,7 @@ def main():
             "tests": closing.strip("= "), "share": round(share, 4), "lines": totals["num_statements"],
             "modules": {name: {"share": round(f["summary"]["covered_lines"] / max(1, f["summary"]["num_statements"]), 4), "lines": f["summary"]["num_statements"]} for name, f in modules.items()},
         }, question="Which lines of the package do its tests and notebooks run?", command="python bench/coverage.py",
-           answer=f"{share:.1%} of {totals['num_statements']:,} lines of code (90% were asked for), least in `{least}`, {modules[least]['summary']['percent_covered']:.0f}%")
+           answer=f"{share:.1%} of {totals['num_statements']:,} lines of code (90% were asked for), least in `{least}`, {modules[least]['summary']['percent_covered']:.0f}%; tests: {closing.strip('= ').partition(' in ')[0]}")
 
 
 if __name__ == "__main__":
