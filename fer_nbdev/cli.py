@@ -512,7 +512,6 @@ def _report(run, table):
     write_report(run/"report", evaluate_model(run/"model", table, usage))
     print((run/"report"/"report.txt").read_text(encoding="utf-8") + f"report: {run/'report'/'report.html'}")
 
-# %% ../nbs/14_cli.ipynb #91ed808d
 def _print_card(card, out):
     "The scores of an exported model, what its calibration is worth, and where it is."
     for usage, s in card.get("scores", {}).items(): print(f"{usage}: accuracy {s['accuracy']:.1%}, macro F1 {s['macro_f1']:.3f}, ECE {s['ece']:.3f}")

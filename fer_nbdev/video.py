@@ -88,7 +88,7 @@ def _pictured(images, name, fps):
     "The same for a list of images, or any iterable of them"
     def read(image):
         try: return True, read_image(image)[..., ::-1]
-        except (ValueError, OSError) as e:
+        except ValueError as e:
             if not isinstance(image, (str, os.PathLike)): raise # no file that may be damaged
             warn(f'{e}; it is left out of {name}', stacklevel=4)
             return False, None
@@ -387,6 +387,11 @@ class _Pipe:
         if failed: raise ValueError(f'ffmpeg could not write the video: {said[-300:]}')
 
 # %% ../nbs/11_video.ipynb #ce172724
+def _check_frame(image, time):
+    "Raise a `ValueError` unless this is a picture, and that a time"
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3): raise ValueError(f'a frame is RGB, uint8 [h, w, 3], got {getattr(image, "dtype", type(image).__name__)} {list(np.shape(image))}')
+    if not math.isfinite(time): raise ValueError(f'the time of a frame is in seconds, got {time!r}')
+
 class _OpenCV:
     "Frames to OpenCV's own writer"
     def __init__(self, path, codec, fps, size):
@@ -443,8 +448,7 @@ class VideoWriter:
     ):
         "Show this image from its time on. Raises a `ValueError` for an array of another kind, and for a time that is no number"
         if self._temp is None: raise ValueError('a VideoWriter is a context manager: with VideoWriter(path) as out: out.write(image, time)')
-        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3): raise ValueError(f'a frame is RGB, uint8 [h, w, 3], got {getattr(image, "dtype", type(image).__name__)} {list(np.shape(image))}')
-        if not math.isfinite(time): raise ValueError(f'the time of a frame is in seconds, got {time!r}')
+        _check_frame(image, time)
         if self._sink is None: self._open(image, time)
         due = round((time - self._begin) * self.fps) + 1 - self.count # frames up to and with this one
         if due > 10 * self.fps + 1: self._begin, due = self._begin + (due - 1) / self.fps, 1

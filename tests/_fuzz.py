@@ -259,7 +259,7 @@ class FerPlusCsv(Target):
         try: votes = read_ferplus(path)
         except ValueError as e: return told(e, str(path))
         right(votes.votes.dtype == np.uint8 and votes.votes.shape == (len(votes.usage), 10) == (len(votes.dropped), 10) and votes.votes.max(initial=0) <= 10, "no votes")
-        lines = [line.strip().split(",") for line in data.decode("utf-8-sig").splitlines()[1:]]
+        lines = [line.strip().split(",") for line in data.decode("utf-8-sig").splitlines()[1:] if line.strip()]
         right([[int(c) for c in cells[2:]] for cells in lines] == votes.votes.tolist(), "other votes")
         return "ok"
 
