@@ -24,7 +24,7 @@ from fastcore.foundation import L
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .core import require, write_whole
+from .core import expand_home, require, write_whole
 from .recipe import MONITORS
 
 # %% ../nbs/04b_callbacks.ipynb #f789a659
@@ -295,7 +295,7 @@ def load_weights(
     path,  # .safetensors file
 ) -> tuple:
     "(name -> tensor, what `save_weights` was told about them) of a safetensors file. Nothing in it is run: a pickle under such a name is a `ValueError`, as is every other damage."
-    path = Path(path)
+    path = Path(expand_home(path))
     if not path.is_file(): raise FileNotFoundError(f"there is no weights file {str(path)!r}")
     try:
         with safe_open(path, "pt") as f: about = json.loads((f.metadata() or {}).get("about", "{}"))

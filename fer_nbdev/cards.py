@@ -18,7 +18,7 @@ def write_model(
     card: dict, # what it is; needs at least format, name, classes and img_size to be read again
 ) -> dict: # the card, with the fingerprint of the graph
     "Write a network and its card. Killed at any moment, this leaves the old model or the new one (see `spare_path`)."
-    folder, sha256 = Path(folder), hashlib.sha256(graph).hexdigest()
+    folder, sha256 = Path(expand_home(folder)), hashlib.sha256(graph).hexdigest()
     card = card | {'files': {'model.onnx': dict(sha256=sha256, bytes=len(graph))}}
     with write_whole(spare := spare_path(folder/'model.onnx', sha256)) as tmp: Path(tmp).write_bytes(graph)
     with write_whole(folder/'card.json') as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding='utf-8')
@@ -50,7 +50,7 @@ def read_card(
 
     Raises `FileNotFoundError` where the folder, the card or a file that the card lists is missing,
     and `ValueError` for a card that cannot be read or a file that is not the one described."""
-    folder = Path(folder)
+    folder = Path(expand_home(folder))
     if not folder.is_dir(): raise FileNotFoundError(f'there is no model folder {str(folder)!r}')
     path = folder/'card.json'
     if not path.is_file(): raise FileNotFoundError(f'{str(folder)!r} is no model folder, it has no card.json: expected model.onnx and card.json, as export writes them')

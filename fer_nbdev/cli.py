@@ -33,11 +33,17 @@ class _Errors(typer.core.TyperGroup):
 
 app.info.cls = _Errors
 
+def _expand(argument):
+    "`~/` is the home folder, as in a shell; and in `--out=~/run`, where shells leave it."
+    option, equals, value = argument.partition("=")
+    return f"{option}={expand_home(value)}" if equals and option.startswith("--") else expand_home(argument)
+
 def main():
     "Entry point of the `fer` command."
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # fastai uses it
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
+    sys.argv[1:] = map(_expand, sys.argv[1:])
     app()
 
 def _show_version(on: bool):
@@ -142,7 +148,7 @@ def _names(images, out):
     "A stem of a picture in `out` for every image: a different one for each, also where capitals and small letters are the same, and never that of an image which is read."
     taken, names = {}, []  # a name as file systems compare it -> the number that the next one like it tries first
     def plain(name): return normalize("NFC", str(name)).casefold()
-    read = {plain(os.path.realpath(image)) for image in images}
+    read = {plain(os.path.realpath(image)) for image in images if "\0" not in image}
     def is_free(name): return plain(name) not in taken and plain(os.path.realpath(out/f"{name}.png")) not in read
     for image in images:
         stem = name = "stdin" if image == "-" else Path(image).stem
@@ -185,7 +191,8 @@ def _arguments(images, files_from):
 def _listed(files_from):
     "The paths in a file, one a line."
     text = sys.stdin.buffer.read() if str(files_from) == "-" else Path(files_from).read_bytes()
-    listed = list(filter(None, text.decode("utf-8-sig", "surrogateescape").splitlines()))
+    listed = list(filter(None, (text.decode("utf-16") if text[:2] in (b"\xff\xfe", b"\xfe\xff") else text.decode("utf-8-sig", "surrogateescape")).splitlines()))
+    if any("\0" in line for line in listed): raise ValueError(f"--files-from {files_from} separates its paths by zero bytes: expected one path a line")
     if not listed: raise ValueError(f"--files-from {files_from} names no image: expected one path a line")
     return listed
 

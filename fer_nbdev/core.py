@@ -85,7 +85,7 @@ def _to_8bit(arr, what):
     "Scale a 16-bit or float [h, w] array to uint8"
     lo, hi = (float(arr.min()), float(arr.max()))
     if arr.dtype.kind == 'f': top = 1. if hi <= 1 else 255.
-    else: top = 255. if arr.dtype.itemsize > 2 and hi <= 255 else 65535. # levels of 8 bits in 32, as some microscopes and programs write them
+    else: top = 65535.
     if not 0 <= lo <= hi <= top: # also False for NaN
         raise ValueError(f'{what} has pixel values from {lo:g} to {hi:g}; expected 0..65535 in integers, or 0..1 or 0..255 in floats. '
                          'Scale it to 8 bits first')
@@ -109,7 +109,9 @@ def _over_white(rgba):
 def _pil_to_rgb(img, what):
     "The pixels of a PIL image, in whatever mode, as a writable uint8 [h, w, 3]"
     if img.mode.startswith('I') or img.mode == 'F':
-        arr = _to_8bit(np.asarray(img), what)
+        arr = np.asarray(img)
+        few = img.mode == 'I' and img.format != 'PNG' and 0 <= arr.min() and arr.max() <= 255 # levels of 8 bits in 32, as some programs write them; a PNG has 16
+        arr = arr.astype(np.uint8) if few else _to_8bit(arr, what)
         return np.repeat(arr[..., None], 3, axis=2)
     if img.mode == 'La': img = img.convert('LA') # Pillow converts it no other way
     if img.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in img.info: return _over_white(np.asarray(img if img.mode == 'RGBA' else img.convert('RGBA')))

@@ -248,7 +248,7 @@ def _parse_row(field, line, name):
 def _open_csv(path):
     "The csv behind `path` as a binary stream, decompressed on the fly."
     suffix = path.suffix.lower()
-    if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")): raise ValueError(f"{path}: unpack it first (tar -xf), and give the csv inside")
+    if path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")): raise ValueError(f"{path}: unpack it first (tar -xf), and give the csv inside")
     if suffix == ".gz": return gzip.open(path, "rb")
     if suffix == ".xz": return lzma.open(path, "rb")
     if suffix != ".zip": return open(path, "rb")
@@ -344,28 +344,35 @@ _CLASS_OF = {w: e for e, ws in _SYNONYMS.items() for w in (e, *ws.split())} | {s
 _USAGE_OF = dict(train=0, training=0, val=1, valid=1, validation=1, public=1, publictest=1, test=2, testing=2, private=2, privatetest=2)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".gif"}
 
+_OTHER_IMAGES = {".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".ppm", ".tga"}
+
+def _is_image(path): return path.suffix.lower() in IMAGE_SUFFIXES | _OTHER_IMAGES and path.name[0] != "." and path.is_file()  # hidden: notes of a Mac, leftovers
+def _holds_images(folder): return any(map(_is_image, folder.rglob("*")))
+def _folders_in(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in ".$" and p.name != "__MACOSX")
+
+def _check_known(folder, inside, known, what):
+    "Raise ValueError for a folder whose faces would be left out without a word; runs and models may lie there."
+    if unknown := [p.name for p in inside if p.name.lower() not in known and not any((p/f).exists() for f in ("run.json", "card.json", "search.json")) and _holds_images(p)]: raise ValueError(f"{folder}: {unknown} are not {what}; expected among {', '.join(sorted(known))}")
+
+def _images_in(folder):
+    "The images in a class folder; ValueError for one of a kind that is not read, and for images in folders within."
+    images = sorted(filter(_is_image, folder.iterdir()))
+    if other := [p.name for p in images if p.suffix.lower() in _OTHER_IMAGES]: raise ValueError(f"{folder}: {other[:3]} are not read; expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
+    if deeper := [p.name for p in _folders_in(folder) if _holds_images(p)]: raise ValueError(f"{folder}: the folders {deeper[:3]} hold images; expected all of a class in its folder")
+    return images
+
+# %% ../nbs/01_data.ipynb #f757db6c
 def _class_folders(root):
     "[(class name, usage code, folder)] of a folder of class folders, or of split folders of class folders."
     inside = _folders_in(root)
-    splits = [d for d in inside if d.name.lower() in _USAGE_OF]
+    splits = [d for d in inside if d.name.lower() in _USAGE_OF and _holds_images(d)]
     found = [(_USAGE_OF[d.name.lower()], p) for d in splits for p in _folders_in(d)] or [(0, d) for d in inside if d.name.lower() in _CLASS_OF]
     if not found: raise ValueError(f"{root}: no class folders; expected train/ and test/ (or train/, val/, test/) with one folder a class: {', '.join(EMOTIONS)}")
     _check_known(root, inside, _USAGE_OF if splits else _CLASS_OF, "splits" if splits else "emotions")
-    for d in splits: _check_known(d, _folders_in(d), _CLASS_OF, "emotions")
+    for d in splits:
+        _check_known(d, _folders_in(d), _CLASS_OF, "emotions")
+        if loose := [p.name for p in d.iterdir() if _is_image(p)]: raise ValueError(f"{d}: {loose[:3]} are in no class folder; expected one folder a class: {', '.join(EMOTIONS)}")
     return [(_CLASS_OF[d.name.lower()], usage, d) for usage, d in found]
-
-def _folders_in(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name != "__MACOSX")
-
-def _check_known(folder, inside, known, what):
-    "Raise ValueError for a folder whose faces would be left out without a word."
-    if unknown := [p.name for p in inside if p.name.lower() not in known]: raise ValueError(f"{folder}: {unknown} are not {what}; expected among {', '.join(sorted(known))}")
-
-def _images_in(folder):
-    "The images in a class folder; ValueError where there is something else instead."
-    inside = sorted(p for p in folder.iterdir() if not p.name.startswith("."))  # hidden: notes of a Mac, leftovers
-    images = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
-    if inside and not images: raise ValueError(f"{folder}: no images in it, but {inside[0].name!r}; expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
-    return images
 
 def _read_face(path):
     "One image file as uint8 [48, 48]: grayscale, resized where it has another size."

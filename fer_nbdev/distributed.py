@@ -27,7 +27,7 @@ from .core import require
 def _check_device(device):
     "Raise ValueError for a device that torch does not know, or cannot use on this machine."
     try: torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f"device={str(device)!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError) as e: raise ValueError(f"device={str(device)!r} cannot be used here: {str(e).partition(chr(10))[0][:200]}") from None
 
 def start_ranks(
     device=None,  # cpu or cuda; None takes the GPUs where there are any
@@ -35,8 +35,9 @@ def start_ranks(
     """Join the processes that `torchrun` started, and return the device of this one; alone, return `device` as it is.
 
     Raises `ValueError` for a device that cannot be used, and where a machine has fewer GPUs than ranks, `ImportError` where accelerate is missing."""
-    if device is not None: _check_device(device)
-    if num_distrib() < 2: return device
+    if num_distrib() < 2:
+        if device is not None: _check_device(device)
+        return device
     require("accelerate", "scale")
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if kind not in ("cpu", "cuda"): raise ValueError(f"device={str(device)!r}: several ranks train on cpu or cuda")

@@ -483,7 +483,7 @@ def plot_runs(
 ):
     "The curves of several runs. Returns the Axes as an array. Raises `ValueError` for a metric that a run did not write down."
     if by not in ("epoch", "minutes"): raise ValueError(f"by={by!r}: expected epoch or minutes")
-    folders = [Path(expand_home(run)).resolve() for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
+    folders = [Path(expand_home(run)).absolute() for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
     short = [f.name for f in folders]
     histories = [(f.name if short.count(f.name) == 1 else f"{f.parent.name}/{f.name}", read_history(f)) for f in folders]
     for name, rows in histories:

@@ -163,11 +163,11 @@ def create_augment(
     except TypeError as e: raise ValueError(f"augment={str(settings)[:200]}: expected numbers, and two of them for erase ({e})") from None
 
 # %% ../nbs/04a_recipe.ipynb #3a6c473c
-def _is_number(text):
-    "True for `5e-4`, which yaml reads as a word."
-    try: float(text)
-    except ValueError: return False
-    return True
+def _number(value):
+    "The number that a text such as `5e-4` means, which yaml reads as a word; anything else as it is."
+    if not isinstance(value, str): return value
+    try: return float(value)
+    except ValueError: return value
 
 class _Loader(yaml.SafeLoader):
     "Plain yaml, without references to what came before."
@@ -176,9 +176,9 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        found = super().construct_mapping(node, deep)
-        if len(found) < len(node.value): raise yaml.YAMLError(f"a key is there twice, among {', '.join(map(str, found))}")
-        return found
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}): raise yaml.YAMLError(f"twice there: {', '.join(twice)}")
+        return super().construct_mapping(node, deep)
 
 def _read_yaml(text, where):
     "What a yaml text holds: texts, numbers, lists and mappings, as JSON could hold them too."
@@ -198,7 +198,7 @@ def _from_dict(settings, where):
     if not isinstance(settings, dict): raise ValueError(f"{where}: expected a yaml mapping with keys among {', '.join(kinds)}")
     try:
         _check_keys("a recipe", settings, kinds)
-        read: dict[str, Any] = {k: float(v) if kinds[k] is float and isinstance(v, str) and _is_number(v) else v for k, v in settings.items()}
+        read: dict[str, Any] = {k: _number(v) if kinds[k] is float else {a: _number(n) for a, n in v.items()} if kinds[k] is dict and k != "arch_args" and isinstance(v, dict) else v for k, v in settings.items()}
         return Recipe(**read)
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 

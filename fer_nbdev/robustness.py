@@ -290,7 +290,7 @@ def accuracy_by_group(
 ) -> pd.DataFrame:
     """A row for each group, one for the faces without a group (None or NaN) if there are any, and one for all: faces, accuracy, low and high (its 95% bootstrap interval), confidence (its mean), and with `emotion`
     called_wrongly, the share of the faces of other classes that are given it. Raises `ValueError` where there is not one value a face, and for an unknown class."""
-    groups, t, probs = np.asarray(groups, object), evaluation.table, evaluation.probs
+    groups, t, probs = np.array(groups, object), evaluation.table, evaluation.probs
     if groups.shape != (len(t),): raise ValueError(f"groups of shape {groups.shape} for {len(t):,} faces: expected one value a face; `evaluation.rows` says where the faces stand in the table")
     if emotion is not None and emotion not in t.classes: raise ValueError(f"unknown class {emotion!r}: expected one of {', '.join(t.classes)}")
     answer = probs.argmax(1)
@@ -303,6 +303,7 @@ def accuracy_by_group(
         return found | dict(called_wrongly=(answer == e)[others].mean() if others.any() else np.nan)
     unknown = pd.isna(groups)
     groups[~unknown] = names = np.asarray(groups[~unknown].tolist()).tolist()  # of one kind: text where any is text
+    groups[unknown] = None
     masks = {g: groups == g for g in sorted({*names})} | ({None: unknown} if unknown.any() else {})
     if "all" in masks: raise ValueError("a group is called 'all', which is the name of the last row: choose another")
     masks |= dict(all=np.full(len(t), True))

@@ -6,7 +6,7 @@
 __all__ = ['NO_FACE', 'DatasetSummary', 'predict_dataset']
 
 # %% ../nbs/13_scale.ipynb #f4f07f69
-import csv, glob, hashlib, io, itertools, json, logging, math, os, platform, re, tempfile, threading
+import codecs, csv, glob, hashlib, io, itertools, json, logging, math, os, platform, re, tempfile, threading
 from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -130,26 +130,30 @@ class _Entry(NamedTuple):
     start: int | None = None # first byte of the range in a csv
     stop: int | None = None
 
-def _is_open(record):
-    "Is the last field of a record quoted, and not closed yet? A quote opens a field where it is its first character, and is one like any other elsewhere"
-    return bool(re.search(rb'(?:^|,)"(?:[^"]|"")*$', re.sub(rb'(?:(?<=,)|^)"(?:[^"]|"")*"(?=[,\r\n]|$)', b'', record)))
-
 def _csv_records(file):
     "(first byte, byte after the last) of each record of an open csv; a quoted field may hold line breaks"
-    start, at, begun = 0, 0, b''
-    for line in file:
-        at += len(line)
-        if (begun or b'"' in line) and _is_open(begun := begun + line): continue
-        if at - start > len(line) or line.strip(): yield start, at
-        start, begun = at, b''
-    if start < at: yield start, at
+    start = at = 0
+    def lines():
+        nonlocal at
+        for line in file:
+            text = line.removeprefix(codecs.BOM_UTF8) if at == 0 else line
+            at += len(line)
+            yield text.decode('latin-1') # quotes, commas and line ends are where they are in UTF-8
+    for row in _csv_rows_of(lines()):
+        if row: yield start, at
+        start = at
+
+def _csv_rows_of(lines):
+    "Lines -> rows as lists of text"
+    csv.field_size_limit(2**31 - 1) # of one row: the pixels of a photo are long
+    try: yield from csv.reader(lines)
+    except csv.Error as e: raise ValueError(f'the table is no csv that can be read: {e}') from None
 
 def _csv_fields(data):
     "Bytes of a csv -> its rows as lists of text"
-    csv.field_size_limit(2**31 - 1) # of one row: the pixels of a photo are long
     try: text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f'the table is not a text in UTF-8: {e}') from None
-    return (row for row in csv.reader(io.StringIO(text, newline='')) if row)
+    return (row for row in _csv_rows_of(io.StringIO(text, newline='')) if row)
 
 def _csv_header(file):
     "The names of the columns of an open csv"

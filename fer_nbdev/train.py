@@ -40,7 +40,7 @@ from .distributed import _from_all, distribute, from_rank0, start_ranks
 from .loaders import _valid_or_tenth, fer_dls
 from .losses import class_weights, create_loss
 from .models import count_parameters, create_model, head_parameters, input_stats
-from .recipe import OPTIMIZERS, Recipe, create_augment, plain_recipe, read_recipe
+from .recipe import OPTIMIZERS, Recipe, _from_dict, create_augment, plain_recipe, read_recipe
 
 # %% ../nbs/05_train.ipynb #280ac5f8
 class FERLearner(Learner):
@@ -206,21 +206,21 @@ def prepare_table(
 def _check_same(out, recipe, data, teachers):
     "Raise ValueError where the run in `out` was started with another recipe, on other data or with other teachers."
     before = _read_json(out/"run.json")
-    ours = plain_recipe(Recipe(**before["recipe"]))
+    ours = plain_recipe(_from_dict(before["recipe"], out/"run.json"))
     changed = [k for k, v in plain_recipe(recipe).items() if v != ours[k]]
     if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it as it was begun, without a recipe and with the recipe.yaml that it wrote, or choose another folder")
     if before.get("teachers", []) != teachers: raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
     if before["data"]["sha256"] != data["sha256"]: raise ValueError(f"{out} was started on other data ({before['data']['source']}, {before['data']['rows']})")
 
 def _has_weights(out):
-    "Has a run come to the end of an epoch? One that has not may be begun anew."
+    "Has a run come to the end of an epoch?"
     return any((out/f"{which}.safetensors").exists() for which in ("last", "best"))
 
 def _choose_recipe(out, recipe, resume, table):
     "The recipe of a run, complete: the one given, or that of the run which is resumed."
     begun = (out/"run.json").exists()
     if _has_weights(out) and not begun: raise ValueError(f"{out} holds weights, and no run.json that says of what: choose another folder")
-    if _has_weights(out) and not resume: raise ValueError(f"{out} already holds a run: resume it (resume=True, --resume) or choose another folder")
+    if begun and not resume: raise ValueError(f"{out} already holds a run: resume it (resume=True, --resume) or choose another folder")
     if recipe is None and not begun: raise ValueError(f"{out} holds no run to resume: give a recipe")
     if recipe is None: return read_recipe(out/"recipe.yaml")
     recipe = replace(recipe, valid=_valid_or_tenth(recipe.valid, prepare_table(recipe, table).usage))  # what is written down shall be what was done
@@ -228,7 +228,7 @@ def _choose_recipe(out, recipe, resume, table):
 
 def _read_checkpoint(out, recipe, data, teachers):
     "The checkpoint of a run that is resumed, None of one that begins; refuses another recipe, other data and other teachers."
-    if _has_weights(out): _check_same(out, recipe, data, teachers)
+    if (out/"run.json").exists(): _check_same(out, recipe, data, teachers)
     return load_checkpoint(out/"last.safetensors") if (out/"last.safetensors").exists() else None
 
 # %% ../nbs/05_train.ipynb #2f043eb4
@@ -271,7 +271,6 @@ class TrimMemory(Callback):
 
     def after_epoch(self): self.trim(0)
 
-# %% ../nbs/05_train.ipynb #1694a67c
 def _run_cbs(recipe, out, rows, progress, track, about):
     "The callbacks that write a run down."
     ema = EMA(recipe.ema) if recipe.ema else None
@@ -280,6 +279,7 @@ def _run_cbs(recipe, out, rows, progress, track, about):
     if track and not rank_distrib(): cbs.append(create_tracker(track, out, about))
     return cbs
 
+# %% ../nbs/05_train.ipynb #1694a67c
 def train(
     recipe: Recipe,  # how; None takes that of the run being resumed
     table: FER2013,  # on what
@@ -310,9 +310,13 @@ def train(
     learn.add_cbs(run_cbs := _run_cbs(recipe, out, checkpoint[1] if checkpoint else (), progress, track, about) + L(cbs))
     if not progress: learn.remove_cb(ProgressCallback); learn.logger = noop
     if checkpoint: _restore(learn, checkpoint)
-    if not rank_distrib() and not checkpoint: _begin(out, recipe, about)
+    if not rank_distrib() and not (out/"run.json").exists(): _begin(out, recipe, about)
     lrs, schedule = group_lrs(recipe), schedule_cbs(recipe, len(dls.train))
-    with distribute(learn): learn.fit(recipe.freeze_epochs + recipe.epochs, lrs, wd=[recipe.wd, 0.]*(len(lrs)//2), cbs=schedule)
+    try:
+        with distribute(learn): learn.fit(recipe.freeze_epochs + recipe.epochs, lrs, wd=[recipe.wd, 0.]*(len(lrs)//2), cbs=schedule)
+    except Exception:
+        if not rank_distrib() and not _has_weights(out): (out/"run.json").unlink(missing_ok=True)  # it never was: another may take its place
+        raise
     return _finish(learn, out, recipe, run_cbs)
 
 # %% ../nbs/05_train.ipynb #cddd5746

@@ -97,7 +97,7 @@ class ReportTrial(Callback):
 
 # %% ../nbs/13a_tune.ipynb #66655c65
 def _run_trial(study, trial, recipe, table, out, device):
-    "Train one trial and tell the study how it ended. Values that training refuses are given up, a score that is no number is a failure."
+    "Train one trial and tell the study how it ended. Values that training refuses, where it has taken others, are given up; a score that is no number is a failure."
     from optuna import TrialPruned
     from optuna.trial import TrialState
     run = out/"trials"/trial.user_attrs.get("folder", f"{trial.number:03d}")
@@ -105,6 +105,9 @@ def _run_trial(study, trial, recipe, table, out, device):
     try: train(recipe.set(_settings(trial.params)), table, run, resume=True, device=device, progress=False, cbs=[ReportTrial(trial, recipe.monitor)])
     except (TrialPruned, ValueError) as e:
         state, score = TrialState.PRUNED, None
+        if isinstance(e, ValueError) and not any(t.intermediate_values for t in study.trials):  # no trial has trained yet: it need not be these values
+            study.tell(trial, state=TrialState.FAIL)
+            raise
         trial.set_user_attr("why", str(e))
     else:
         rows = json.loads((run/"history.json").read_text())
@@ -127,7 +130,6 @@ def _begin(out, recipe, space, data, resume):
     begun = (out/"search.json").exists()
     if begun and not resume: raise ValueError(f"{out} already holds a search: resume it (resume=True, --resume) or choose another folder")
     if not begun and recipe is None: raise ValueError(f"{out} holds no search to resume: give a recipe, and what to search")
-    if recipe and isinstance(recipe.valid, str) and "PrivateTest" in split_names(recipe.valid): raise ValueError(f"valid={recipe.valid!r}: a search must not look at PrivateTest")
     asked = dict(recipe=recipe and plain_recipe(recipe), space=list(space) if space else None, data=data)
     if not begun:
         parse_space(space or [], recipe)
@@ -243,6 +245,7 @@ def tune(
     that the recipe refuses, for a recipe that validates on PrivateTest, where `out` holds another search, and among several ranks."""
     if num_distrib() > 1: raise ValueError("a search trains one network after the other in one process: start it without torchrun")
     out, table = Path(expand_home(out)), table[table.usage != "PrivateTest"]
+    if recipe and isinstance(recipe.valid, str) and "PrivateTest" in split_names(recipe.valid): raise ValueError(f"valid={recipe.valid!r}: a search must not look at PrivateTest")
     if recipe: recipe = replace(recipe, valid=_valid_or_tenth(recipe.valid, table.usage))
     recipe, space = _begin(out, recipe, space, describe_data(table)["sha256"], resume)
     distributions = parse_space(space, recipe)

@@ -646,10 +646,11 @@ def _save_timeline(seen, path):
 def _check_outputs(reader, outputs, jsonl):
     "Raise a `ValueError` where an output is what is read, or another output, or JSON is named like something else"
     read = [reader.source] if isinstance(reader.source, str) else [s for s in reader.source if isinstance(s, (str, os.PathLike))] if isinstance(reader.source, list) else []
-    taken = {os.path.realpath(s): 'read' for s in read}
-    for path in outputs:
-        if taken.setdefault(real := os.path.realpath(expand_home(path)), 'written') == 'read': raise ValueError(f'{str(path)!r} is what is read: choose another name')
-        if [os.path.realpath(expand_home(p)) for p in outputs].count(real) > 1: raise ValueError(f'{str(path)!r} is named for two outputs: choose another name for one of them')
+    places = [os.path.realpath(expand_home(path)) for path in outputs]
+    files = {(s.st_dev, s.st_ino) for s in (os.stat(p) for p in map(expand_home, read) if os.path.exists(p))}
+    for path, place in zip(outputs, places):
+        if os.path.exists(place) and (os.stat(place).st_dev, os.stat(place).st_ino) in files: raise ValueError(f'{str(path)!r} is what is read: choose another name')
+        if places.count(place) > 1: raise ValueError(f'{str(path)!r} is named for two outputs: choose another name for one of them')
     if jsonl is not None and (suffix := Path(jsonl).suffix.lower()) in {*_CODECS, *IMAGE_SUFFIXES, '.csv', '.parquet'}: raise ValueError(f'{str(jsonl)!r} ends in {suffix}, and what is written there are lines of JSON: choose a name such as faces.jsonl')
 
 def _outputs(files, reader, classes, out, tables, jsonl):

@@ -1,7 +1,10 @@
 """The commands one after the other, as a user types them: a csv becomes a run, a model, a report and a second export."""
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from _tables import write_csv
@@ -184,5 +187,22 @@ def test_what_an_option_cannot_do_is_said(trained):
 def test_lists_of_files_from_other_systems(trained):
     folder, _ = trained
     shutil.copy(sample_portrait(), folder / "face.jpg")
-    (folder / "list.txt").write_bytes(b"\xef\xbb\xbfface.jpg\r\n")
-    assert json.loads(_fer("predict --model fast --json --files-from list.txt"))["image"] == "face.jpg"
+    for data in (b"\xef\xbb\xbfface.jpg\r\n", "face.jpg\r\n".encode("utf-16")):
+        (folder / "list.txt").write_bytes(data)
+        assert json.loads(_fer("predict --model fast --json --files-from list.txt"))["image"] == "face.jpg"
+    (folder / "list.txt").write_bytes(b"face.jpg\0other.jpg\0")
+    assert "zero bytes" in _fer("predict --model fast --files-from list.txt --annotate out", code=2)
+
+
+def test_the_home_folder_is_found_after_an_equals_sign_too(trained, tmp_path):
+    "As bash leaves it, and as cmd does everywhere; nothing comes to lie in a folder that is called ~."
+    (tmp_path / "photos").mkdir()
+    shutil.copy(sample_portrait(), tmp_path / "photos/a.png")
+    before = (tmp_path / "photos/a.png").read_bytes()
+    env = {**os.environ, "HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
+    for line in ("predict ~/photos --model fast --annotate=~/photos", "train --set epochs=1 --out=~/run", "export ~/run --out=~/m".replace("--out=", ""), "evaluate ~/m --data fer2013.csv --out=~/report"):
+        done = subprocess.run([sys.executable, "-m", "fer_nbdev", *line.split()], cwd=trained[0], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "photos/a.png").read_bytes() == before and (tmp_path / "photos/a-2.png").exists()
+    assert (tmp_path / "run/report/report.html").exists() and (tmp_path / "m/card.json").exists() and (tmp_path / "report/report.html").exists()
+    assert not (trained[0] / "~").exists()

@@ -246,7 +246,6 @@ def test_a_run_that_failed_at_once_can_be_corrected(faces, tmp_path):
         def before_train(self): raise ValueError("a disk is full")
     with pytest.raises(ValueError, match="disk"):
         train(SHORT.set(["lr=.5"]), faces, tmp_path, progress=False, cbs=[Fail()])
-    assert (tmp_path / "run.json").exists()
     train(SHORT.set(["epochs=1"]), faces, tmp_path, progress=False)
     assert json.loads((tmp_path / "run.json").read_text())["recipe"]["lr"] == SHORT.lr == read_recipe(tmp_path / "recipe.yaml").lr
 
@@ -287,3 +286,16 @@ def test_folds_want_a_face_of_every_class(faces):
     few = faces[(faces.emotion != 1) | (np.cumsum(faces.emotion == 1) < 2)]
     with pytest.raises(ValueError, match="1 disgust"):
         fold_tables(few, 3)
+
+
+def test_numbers_in_words_of_yaml_are_numbers_everywhere(tmp_path):
+    (tmp_path / "r.yaml").write_text("schedule: plateau\nschedule_args: {min_lr: 1e-6, factor: 5e-1, patience: 3}\naugment: {shift: 5e-2}\nwd: 1e-6\n")
+    recipe = read_recipe(tmp_path / "r.yaml")
+    assert (recipe.schedule_args["min_lr"], recipe.schedule_args["factor"], recipe.augment["shift"], recipe.wd) == (1e-6, .5, .05, 1e-6)
+
+
+def test_a_device_that_cannot_be_used_is_named_in_a_sentence(faces, tmp_path):
+    for device in ("abacus", "hpu", "xla", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=f"device='{device}' cannot be used here") as e:
+            train(SHORT, faces, tmp_path / "run", device=device, progress=False)
+        assert len(str(e.value)) < 300 and not (tmp_path / "run").exists()

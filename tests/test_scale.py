@@ -3,9 +3,11 @@
 What a worker does is tested in this process, without Ray. The kills are real: one Ray for the file, as small as it can be, in which
 a worker gets SIGKILL in the middle of a part; and a process of its own that starts a Ray and gets SIGKILL itself.
 """
+import csv
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 fsspec = pytest.importorskip("fsspec")
 local = pytest.importorskip("fsspec.implementations.local")
 
-from fer_nbdev.scale import (NO_FACE, DatasetSummary, _answers, _begin, _entries, _find_files, _fingerprint, _images, _Output, _PartWorker,  # noqa: E402
+from fer_nbdev.scale import (NO_FACE, DatasetSummary, _answers, _begin, _csv_fields, _csv_records, _entries, _find_files, _fingerprint, _images, _Output, _PartWorker,  # noqa: E402
                              _Places, _prepare, _ray_session, predict_dataset)
 
 SETTINGS = dict(model="fast", detector="none", threads=1)
@@ -467,3 +469,16 @@ def test_quotes_in_names_and_letters_of_other_alphabets(tmp_path, faces):
     entry, = _entries(_Places(), [(str(tmp_path / "latin.csv"), None)], 2, None)
     with pytest.raises(ValueError, match="not a text in UTF-8"):
         list(_images(_Places(), entry, None))
+
+
+def test_records_of_a_csv_are_those_of_pythons_csv(tmp_path):
+    "Wherever quotes, commas, blanks and line ends stand; and a cell of thousands of lines takes no longer than a table of as many."
+    rng = random.Random(0)
+    for _ in range(2000):
+        data = ("path\n" + "".join(rng.choice(['"', ",", "\n", "a", " ", "\r\n", '""', "é"]) for _ in range(rng.randrange(14)))).encode()
+        found = list(_csv_records(io.BytesIO(data)))
+        assert [row for start, stop in found for row in _csv_fields(data[start:stop])] == [row for row in csv.reader(io.StringIO(data.decode(), newline="")) if row], data
+    long = 'path\n"' + "a line of a long note\n" * 20_000 + '"\n' + "b.png\n" * 20_000
+    begun = time.perf_counter()
+    assert len(list(_csv_records(io.BytesIO(long.encode())))) == 20_002
+    assert time.perf_counter() - begun < 5

@@ -1,4 +1,5 @@
 """A search for hyper-parameters: killed and resumed, hopeless trials given up, PrivateTest unseen, and a recipe that trains."""
+import contextlib
 import json
 import subprocess
 import sys
@@ -129,9 +130,24 @@ def test_without_public_test_a_tenth_of_training_chooses_and_is_named(tmp_path):
 
 
 def test_values_that_training_refuses_are_given_up(tmp_path, capsys):
-    study = tune(TINY.set(["epochs=1"]), TABLE, ["bs=300:400"], tmp_path / "search", n_trials=2, device="cpu")
-    assert [t.state.name for t in study.trials] == ["PRUNED", "PRUNED"]
-    assert "only whole batches train" in capsys.readouterr().out and not (tmp_path / "search" / "best.yaml").exists()
+    "Where others have trained; what no trial could train with is an error, and the search can be resumed."
+    with pytest.raises(ValueError, match="only whole batches train"):
+        tune(TINY.set(["epochs=1"]), TABLE, ["bs=300:400"], tmp_path / "none", n_trials=2, device="cpu")
+    with pytest.raises(ValueError, match="cannot be used here"):
+        tune(TINY.set(["epochs=1"]), TABLE, SPACE, tmp_path / "search", n_trials=2, device="abacus")
+    assert [t.state.name for t in tune(None, TABLE, None, tmp_path / "search", n_trials=2, resume=True, device="cpu").trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    for _ in range(9):
+        with contextlib.suppress(ValueError):  # until it draws a 16
+            tune(TINY.set(["epochs=1"]), TABLE, ["bs=16,300"], tmp_path / "some", n_trials=1, resume=True, device="cpu")
+    study = tune(None, TABLE, None, tmp_path / "some", n_trials=8, resume=True, device="cpu")
+    assert {(t.params["bs"], t.state.name) for t in study.trials} - {("300", "FAIL")} == {("16", "COMPLETE"), ("300", "PRUNED")} and "only whole batches train" in capsys.readouterr().out
+
+
+def test_private_test_is_refused_whatever_rows_there_are(tmp_path):
+    for valid in ("PrivateTest", "PublicTest+PrivateTest"):
+        for table in (TABLE, TABLE.split("Training"), TABLE.split("Training+PrivateTest")):
+            with pytest.raises(ValueError, match="must not look at PrivateTest"):
+                tune(TINY.set([f"valid={valid}"]), table, SPACE, tmp_path / "search")
 
 
 def test_scores_that_are_no_numbers_end_a_search(tmp_path, capsys):

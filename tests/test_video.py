@@ -724,7 +724,7 @@ def test_nothing_that_is_read_is_written_over(tmp_path, predictor, without_ffmpe
         cv2.imwrite(str(tmp_path / f"frames/{k}.png"), gradient(k))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     a, link = tmp_path / "a.avi", tmp_path / "link.avi"
-    link.symlink_to(a)
+    link.hardlink_to(a)
     for source, outputs, said in ((a, dict(out=a), "is what is read"), (a, dict(out=link), "is what is read"), (a, dict(jsonl=a), "is what is read"),
                                   (tmp_path / "frames", dict(timeline=tmp_path / "frames/1.png"), "is what is read"), (a, dict(jsonl=tmp_path / "b.avi"), "lines of JSON"),
                                   (a, dict(table=[tmp_path / "t.csv", tmp_path / "t.csv"]), "two outputs")):
