@@ -456,7 +456,8 @@ def train(
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
         raise typer.Exit(130) from None
     from fastai.torch_core import rank_distrib
-    if rank_distrib(): return  # of several processes the first goes on
+    if rank_distrib():  # of several processes the first goes on; the others end here, without taking native threads down one by one, by which PyTorch aborts now and then
+        sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
     from fer_nbdev.export import export_run
     _print_card(export_run(out, out/"model", table), out/"model")
     _report(out, table)
