@@ -427,7 +427,7 @@ def write_findings(
     path,  # csv file to write
 ):
     "Write findings as csv, whole or not at all."
-    with write_whole(Path(expand_home(path))) as tmp: findings[list(_COLUMNS)].assign(related=findings.related.where(findings.related >= 0, "")).to_csv(tmp, index=False, lineterminator="\n")
+    with write_whole(path) as tmp: findings[list(_COLUMNS)].assign(related=findings.related.where(findings.related >= 0, "")).to_csv(tmp, index=False, lineterminator="\n")
 
 def read_findings(
     path,  # csv file that `write_findings` wrote, and a person may have edited

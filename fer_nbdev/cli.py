@@ -190,8 +190,9 @@ def _arguments(images, files_from):
 
 def _listed(files_from):
     "The paths in a file, one a line."
-    text = sys.stdin.buffer.read() if str(files_from) == "-" else Path(files_from).read_bytes()
-    listed = list(filter(None, (text.decode("utf-16") if text[:2] in (b"\xff\xfe", b"\xfe\xff") else text.decode("utf-8-sig", "surrogateescape")).splitlines()))
+    data = sys.stdin.buffer.read() if str(files_from) == "-" else Path(files_from).read_bytes()
+    text = data.decode("utf-16") if data[:2] in (b"\xff\xfe", b"\xfe\xff") else data.decode("utf-8-sig", "surrogateescape")
+    listed = list(filter(None, text.splitlines()))
     if any("\0" in line for line in listed): raise ValueError(f"--files-from {files_from} separates its paths by zero bytes: expected one path a line")
     if not listed: raise ValueError(f"--files-from {files_from} names no image: expected one path a line")
     return listed
@@ -579,11 +580,13 @@ def _print_damage(damaged):
 # %% ../nbs/14_cli.ipynb #fe726e11
 def _open(model, tta):
     "An ONNX file without a card stays a path; any other model is opened."
+    from fer_nbdev.evaluate import _model_folder
     from fer_nbdev.inference import Predictor
-    path = Path(expand_home(model))
-    if path.name == "model.onnx" and (path.parent/"card.json").is_file(): return Predictor(path.parent, tta=tta)
-    if path.suffix == ".onnx" and tta: raise ValueError(f"--tta: not for {model}, an ONNX file without a card")
-    return model if path.suffix == ".onnx" else Predictor(model, tta=tta)
+    folder = _model_folder(model)
+    if folder is None and Path(model).suffix == ".onnx":
+        if tta: raise ValueError(f"--tta: not for {model}, an ONNX file without a card")
+        return model
+    return Predictor(folder or model, tta=tta)
 
 def _print_comparison(c, e, other):
     "Which of two models is better, and whether that is more than chance."

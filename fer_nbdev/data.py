@@ -346,7 +346,8 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 _OTHER_IMAGES = {".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".ppm", ".tga"}
 
-def _is_image(path): return path.suffix.lower() in IMAGE_SUFFIXES | _OTHER_IMAGES and path.name[0] != "." and path.is_file()  # hidden: notes of a Mac, leftovers
+_ALL_IMAGES = IMAGE_SUFFIXES | _OTHER_IMAGES
+def _is_image(path): return path.suffix.lower() in _ALL_IMAGES and path.name[0] != "." and path.is_file()  # hidden: notes of a Mac, leftovers
 def _holds_images(folder): return any(map(_is_image, folder.rglob("*")))
 def _folders_in(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in ".$" and p.name != "__MACOSX")
 

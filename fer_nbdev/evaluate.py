@@ -262,6 +262,11 @@ class _Opened(NamedTuple):
     classes: tuple
     card: dict
 
+def _model_folder(file):
+    "The model folder that an ONNX file is part of; None for any other file or name."
+    path = Path(expand_home(file))
+    return path.parent if path.name == "model.onnx" and (path.parent/"card.json").is_file() else None
+
 def _open_model(model, classes, options):
     "What can be asked, of anything that `predict_table` takes."
     is_path = isinstance(model, (str, Path)) or hasattr(model, "__fspath__")
@@ -273,11 +278,10 @@ def _open_model(model, classes, options):
         return _Opened(model.predict_faces, tuple(model.classes), card)
     if callable(model): return _Opened(model, tuple(classes), dict(name=getattr(model, "__name__", type(model).__name__)))
     if is_path and Path(model).suffix == ".onnx":
-        path = Path(expand_home(model))
-        alone = path.name != "model.onnx" or not (path.parent/"card.json").is_file()
-        if alone and options: raise ValueError(f"{', '.join(options)}: not for {str(path)!r}, an ONNX file without a card")
-        if alone: return _open_onnx(path, classes)
-        model = path.parent
+        path, folder = Path(expand_home(model)), _model_folder(model)
+        if folder is None and options: raise ValueError(f"{', '.join(options)}: not for {str(path)!r}, an ONNX file without a card")
+        if folder is None: return _open_onnx(path, classes)
+        model = folder
     from fer_nbdev import Predictor     # by the front door, when it is needed: evaluation builds on prediction, which does not know of it
     return _open_model(Predictor(model, **options), classes, {})
 
@@ -293,6 +297,13 @@ def _open_learner(learn):
     return _Opened(predict_faces, tuple(map(str, vocab)), dict(name=type(learn.model).__name__, arch=type(learn.model).__name__, n_params=sum(p.numel() for p in learn.model.parameters())))
 
 # %% ../nbs/06_evaluate.ipynb #b634a0e2
+def _resized(faces, size):
+    "uint8 [n, h, w] to [n, size, size], as prediction resizes them."
+    if faces.shape[1:] == (size, size): return faces
+    if not len(faces): return np.empty((0, size, size), np.uint8)
+    cv2 = import_cv2()
+    return np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA if f.shape[0] > size else cv2.INTER_LINEAR) for f in faces])
+
 def _open_onnx(path, classes):
     "An ONNX file on its own, without a card."
     onnxruntime = import_onnxruntime()
@@ -304,10 +315,10 @@ def _open_onnx(path, classes):
     inputs = [(i.name, i.type, i.shape) for i in session.get_inputs()]
     if len(inputs) != 1 or inputs[0][1] != "tensor(uint8)" or len(inputs[0][2]) != 3:
         raise ValueError(f"{str(path)!r} takes {inputs}: expected one input, uint8 faces [n, size, size]. For another graph pass a function from such faces to probabilities")
-    (name, _, (_, size, _)), cv2 = inputs[0], import_cv2()
+    name, _, (_, size, _) = inputs[0]
     output = "probs" if "probs" in [o.name for o in session.get_outputs()] else session.get_outputs()[0].name
     def predict_faces(faces, bs=256):
-        if isinstance(size, int) and faces.shape[1] != size: faces = np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA if f.shape[0] > size else cv2.INTER_LINEAR) for f in faces])
+        if isinstance(size, int): faces = _resized(faces, size)
         return np.concatenate([session.run([output], {name: faces[i:i + bs]})[0] for i in range(0, len(faces), bs)])
     return _Opened(predict_faces, tuple(classes), dict(name=path.stem))
 

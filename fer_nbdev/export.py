@@ -21,10 +21,10 @@ from fastai.data.transforms import Normalize
 from torch import nn
 
 from .cards import read_model, write_model
-from .core import EMOTIONS, expand_home, import_cv2, import_onnxruntime, require
+from .core import EMOTIONS, expand_home, import_onnxruntime, require
 from .data import FER2013, select_classes, synthetic_faces
 from .calibrate import Calibration, calibrate_graph, fit_calibration
-from .evaluate import score
+from .evaluate import _resized, score
 from .loaders import FER2013_STATS
 from .models import count_parameters, create_model, input_stats
 from .recipe import Recipe, plain_recipe, read_recipe
@@ -308,13 +308,6 @@ def open_graph(
     def predict_faces(faces, bs=256): return np.concatenate([session.run(None, {"faces": faces[i:i+bs]})[0] for i in range(0, len(faces), bs)])
     return predict_faces
 
-def _resized(faces, size):
-    "uint8 [n, h, w] to [n, size, size], as prediction resizes them."
-    if faces.shape[1:] == (size, size): return faces
-    if not len(faces): return np.empty((0, size, size), np.uint8)
-    cv2 = import_cv2()
-    return np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA if f.shape[0] > size else cv2.INTER_LINEAR) for f in faces])
-
 def _in_batches(predict_faces, faces):
     "Batches of 1, 7 and the rest. Raises ValueError where the graph takes only those of another size."
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
@@ -421,7 +414,7 @@ def export_run(
 
     Of `table` the rows count that the recipe asks for. The card's `selected_on` says which faces chose the epoch.
     Raises `FileNotFoundError` where `run` is not a run, and `ValueError` as `export_model` does."""
-    run, model = Path(expand_home(run)), load_run(Path(expand_home(run)))
+    run, model = Path(expand_home(run)), load_run(run)
     recipe, facts = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
     entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid,
                    **{k: facts.get(k) for k in ("commit", "data", "teachers", "hardware", "versions", "train_minutes", "date", "best_epoch")})

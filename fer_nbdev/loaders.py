@@ -10,6 +10,7 @@ __all__ = ['SAMPLINGS', 'FER2013_STATS', 'FaceRow', 'table_rows', 'row_pixels', 
 # %% ../nbs/02_loaders.ipynb #eb728974
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,10 @@ class PILFace(PILImageBW):
     _show_args, _tensor_cls = dict(cmap="gray"), TensorFace
 
 # %% ../nbs/02_loaders.ipynb #7062a1f1
+def _check_valid(valid):
+    "Raise ValueError for what is neither a name, which may be that of a split, nor a fraction."
+    if not isinstance(valid, str) and (isinstance(valid, bool) or not isinstance(valid, Real) or not 0 < float(valid) < 1): raise ValueError(f"valid={valid!r}: expected the name of a split or a fraction between 0 and 1")
+
 def _valid_or_tenth(valid, usage):
     "The split or fraction that validates; a tenth of Training, and a line that says so, in place of a split of which there are no rows."
     if not isinstance(valid, str) or np.isin(usage, split_names(valid)).any(): return valid
@@ -83,9 +88,8 @@ class FERSplitter:
         stratify: bool = True,  # a fraction is drawn class by class
         seed: int = 0,  # of the random fraction
     ):
-        if isinstance(valid, str):
-            if "Training" in split_names(valid): raise ValueError(f"valid={valid!r}: rows that train can't validate; a fraction such as .1 takes them out of Training")
-        elif not 0 < valid < 1: raise ValueError(f"valid={valid!r}: expected the name of a split or a fraction between 0 and 1")
+        _check_valid(valid)
+        if isinstance(valid, str) and "Training" in split_names(valid): raise ValueError(f"valid={valid!r}: rows that train can't validate; a fraction such as .1 takes them out of Training")
         self.valid, self.stratify, self.seed = valid, stratify, seed
 
     def __call__(self, rows):

@@ -19,7 +19,7 @@ import yaml
 from fastai.optimizer import Lamb, Larc, QHAdam, ranger
 
 from .core import EMOTIONS, expand_home, write_whole
-from .loaders import SAMPLINGS, Augment
+from .loaders import SAMPLINGS, Augment, _check_valid
 from .losses import LOSSES
 from .models import list_models
 
@@ -116,8 +116,8 @@ def _check_number(name, value, kind):
 
 def _check_faces(recipe):
     "Raise ValueError for a split, statistics of pixels or weights that can't be."
-    valid, stats = recipe.valid, recipe.stats
-    if not isinstance(valid, str) and (isinstance(valid, bool) or not isinstance(valid, (int, float)) or not 0 < valid < 1): raise ValueError(f"valid={valid!r}: expected the name of a split or a fraction between 0 and 1")
+    _check_valid(recipe.valid)
+    stats = recipe.stats
     if stats is not None and not (len(stats) == 2 and all(isinstance(s, (int, float)) and isfinite(s) for s in stats) and stats[1] > 0): raise ValueError(f"stats={stats!r}: expected a mean and a standard deviation above zero")
     if not isinstance(recipe.pretrained, (bool, str)): raise ValueError(f"pretrained={recipe.pretrained!r}: expected true, false or the path of a file with weights")
 

@@ -163,6 +163,10 @@ def _done(study):
     "Trials that count: finished, or given up."
     return [t for t in study.trials if t.state.name in ("COMPLETE", "PRUNED")]
 
+def _count_tried(study):
+    "How many trials came to an end of their own; those that were killed have not."
+    return sum(t.state.name in ("COMPLETE", "PRUNED") or t.state.name == "FAIL" and "why" in t.user_attrs for t in study.trials)
+
 def trial_rows(
     study,  # `optuna.Study` of `tune`
 ) -> list:
@@ -253,10 +257,11 @@ def tune(
         study = _open_study(out, recipe, min_epochs, reduction)
         if resume: _retry_running(study)
         drawn = time.time()
-        while len(_done(study)) + sum(t.state.name == "FAIL" and "why" in t.user_attrs for t in study.trials) < n_trials:
+        while _count_tried(study) < n_trials:
             trial = study.ask(distributions)
             _run_trial(study, trial, recipe, table, out, device)
-            print(_trial_line(trial_rows(study)[trial.number]), *filter(None, [study.trials[trial.number].user_attrs.get("why")]), sep="   ", flush=True)
+            why = study.trials[trial.number].user_attrs.get("why")
+            print(_trial_line(trial_rows(study)[trial.number]) + (f"   {why}" if why else ""), flush=True)
             _write_trials(study, recipe, out)
             if time.time() - drawn > 5: _draw_trials(study, out); drawn = time.time()
     if _done(study): _draw_trials(study, out)

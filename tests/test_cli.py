@@ -200,7 +200,7 @@ def test_the_home_folder_is_found_after_an_equals_sign_too(trained, tmp_path):
     shutil.copy(sample_portrait(), tmp_path / "photos/a.png")
     before = (tmp_path / "photos/a.png").read_bytes()
     env = {**os.environ, "HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
-    for line in ("predict ~/photos --model fast --annotate=~/photos", "train --set epochs=1 --out=~/run", "export ~/run --out=~/m".replace("--out=", ""), "evaluate ~/m --data fer2013.csv --out=~/report"):
+    for line in ("predict ~/photos --model fast --annotate=~/photos", "train --set epochs=1 --out=~/run", "export ~/run ~/m", "evaluate ~/m --data fer2013.csv --out=~/report"):
         done = subprocess.run([sys.executable, "-m", "fer_nbdev", *line.split()], cwd=trained[0], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "photos/a.png").read_bytes() == before and (tmp_path / "photos/a-2.png").exists()
