@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from .cards import find_model, read_card
-from .core import check_self_contained, import_onnxruntime, read_checked, read_image
+from .core import check_count, check_self_contained, import_onnxruntime, onnxruntime_errors, read_checked, read_image
 from .detect import crop_faces
 
 # %% ../nbs/09a_classify.ipynb #22fe5d23
@@ -31,13 +31,11 @@ def count_threads(
     most: int = 4, # no more than this by default
     what: str = "threads", # the name of the argument, for the message
 ) -> int: # how many to start
-    "The number of threads: as asked for, or the cores that this process may use; raises a `ValueError` for what is no number of threads"
+    "The number of threads: as asked for, or the cores that this process may use. Raises a `ValueError` unless it is a positive whole number"
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         return min(most, cores)
-    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1:
-        raise ValueError(f'{what} must be a whole number of 1 or more, or None for the default, got {threads!r}')
-    return int(threads)
+    return check_count(what, threads)
 
 # %% ../nbs/09a_classify.ipynb #7c409e65
 _PROVIDERS = { # short name -> onnxruntime's name, and the package that brings it
@@ -66,20 +64,13 @@ def _check_provider(name):
 # %% ../nbs/09a_classify.ipynb #7c15fdd8
 def _check_providers(providers):
     "None, a name, or a list of names and (name, options) -> a tuple of (full name, options as pairs)"
-    wanted, checked = [providers or 'cpu'] if providers is None or isinstance(providers, str) else providers, []
-    for p in wanted if isinstance(wanted, (list, tuple)) and len(wanted) else [None]:
-        name, options = p if isinstance(p, tuple) and len(p) == 2 else (p, {})
-        if not isinstance(name, str) or not isinstance(options, dict):
-            raise ValueError(f'providers must be a list of names, or of (name, options), such as ["cuda", "cpu"], got {providers!r}')
-        checked.append((_check_provider(name), tuple(sorted((k, str(v)) for k, v in options.items()))))
-    return tuple(checked)
+    wanted = ['cpu'] if providers is None else [providers] if isinstance(providers, str) else providers
+    pairs = [p if isinstance(p, tuple) and len(p) == 2 else (p, {}) for p in wanted] if isinstance(wanted, (list, tuple)) else []
+    if not pairs or not all(isinstance(name, str) and isinstance(options, dict) for name, options in pairs):
+        raise ValueError(f'providers must be a list of names, or of (name, options), such as ["cuda", "cpu"], got {providers!r}')
+    return tuple((_check_provider(name), tuple(sorted((k, str(v)) for k, v in options.items()))) for name, options in pairs)
 
 # %% ../nbs/09a_classify.ipynb #560c7ee9
-def _graph_errors():
-    "What onnxruntime raises for a graph that it can't open or run"
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented as Unknown, RuntimeException
-    return Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, Unknown, RuntimeException, UnicodeDecodeError # the last one about the name of a node
-
 def _check_graph(session, card, path):
     "Raise a `ValueError` unless the graph takes uint8 faces and gives one probability a class, for two black faces too"
     inputs = [(i.name, i.type) for i in session.get_inputs()]
@@ -89,7 +80,7 @@ def _check_graph(session, card, path):
     if any(isinstance(s, int) and s != card['img_size'] for s in size):
         raise ValueError(f'{str(path)!r} takes faces of {size} pixels, its card says img_size={card["img_size"]}')
     try: probs = session.run(['probs'], {'faces': np.zeros((2, card['img_size'], card['img_size']), np.uint8)})[0]
-    except _graph_errors() as e: raise ValueError(f'{str(path)!r} opens, but cannot be run: {e}') from None
+    except onnxruntime_errors() as e: raise ValueError(f'{str(path)!r} opens, but cannot be run: {e}') from None
     if probs.ndim != 2 or len(probs) != 2: raise ValueError(f'{str(path)!r} gives an array {list(probs.shape)} for two faces, expected a row of probabilities for each')
     if probs.shape[1] != len(card['classes']):
         raise ValueError(f'{str(path)!r} gives {probs.shape[1]} probabilities, its card lists {len(card["classes"])} classes: {", ".join(card["classes"])}')
@@ -113,7 +104,7 @@ def _open_session(folder, stamp, threads, providers):
     graph = read_checked(path, card['files']['model.onnx']['sha256']) # opened from these bytes, so nothing else can come in
     check_self_contained(graph, path)
     try: session = onnxruntime.InferenceSession(graph, _options(threads), names, [dict(options) for _, options in providers])
-    except _graph_errors() as e:
+    except onnxruntime_errors() as e:
         raise ValueError(f'onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}') from None
     failed = [name for name in names if name not in session.get_providers()]
     if failed: raise ValueError(f'onnxruntime could not start {failed[0]!r} and fell back to {session.get_providers()[0]!r}: check its drivers and libraries')

@@ -49,7 +49,10 @@ class FER2013:
         n = len(self.pixels)
         if not n == len(self.emotion) == len(self.usage):
             raise ValueError(f"pixels, emotion and usage must have one length, not {n}, {len(self.emotion)} and {len(self.usage)}")
-        if np.asarray(self.usage).dtype.kind == "U": object.__setattr__(self, "usage", np.asarray(self.usage).astype(np.result_type(self.usage, "<U11")))  # room for every split, or numpy would cut a longer name put in place of "Training"
+        if np.asarray(self.usage).dtype.kind == "U":  # room for every split, or numpy would cut a longer name put in place of "Training"
+            object.__setattr__(self, "usage", np.asarray(self.usage).astype(np.result_type(self.usage, "<U11")))
+        unknown = sorted(set(np.unique(self.usage).tolist()) - set(USAGES))
+        if unknown: raise ValueError(f"unknown split {unknown[0]!r}: expected {', '.join(USAGES)}")
         if self.soft is None: return
         if np.shape(self.soft) != (n, len(self.classes)):
             raise ValueError(f"soft must be [rows, classes], here {(n, len(self.classes))}, not {np.shape(self.soft)}")
@@ -84,6 +87,7 @@ def select_classes(
     classes: tuple,  # names to keep, in the order that the new labels will have
 ) -> FER2013:
     "Keep only the rows of `classes`; renumber labels, rescale shares. Raises `ValueError` on a name the table does not have."
+    if tuple(classes) == tuple(table.classes): return table
     unknown = [c for c in classes if c not in table.classes]
     if unknown or len(set(classes)) != len(classes):
         raise ValueError(f"cannot select classes {tuple(classes)}: expected distinct names among {table.classes}")
@@ -479,11 +483,12 @@ class Duplicates:
         return [g for g in self.groups if len(set(self.emotion[g])) > 1]
 
     def leaks(self,
-        usage: str = "PrivateTest",  # the split that should be unseen
-        seen: str = "Training",  # the split it must not share faces with
+        usage: str = "PrivateTest",  # the split that should be unseen, or several joined by +
+        seen: str = "Training",  # the split it must not share faces with, or several
     ) -> np.ndarray:
-        "bool [n], True for the rows of `usage` that are pixel-identical to a row of `seen`."
-        return (self.usage == usage) & np.isin(self.first, self.first[self.usage == seen])
+        "bool [n], True for the rows of `usage` that are pixel-identical to a row of `seen`. Raises `ValueError` on an unknown split."
+        unseen, known = (np.isin(self.usage, split_names(names)) for names in (usage, seen))
+        return unseen & np.isin(self.first, self.first[known])
 
 def find_duplicates(
     table: FER2013,  # the faces, labels and splits

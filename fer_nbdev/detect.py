@@ -191,7 +191,7 @@ def check_boxes(
     if arr.ndim != 2 or arr.shape[1] != 4:
         tip = f': a single box goes into a list, boxes=[{names[box_format]}]' if arr.shape == (4,) else ''
         raise ValueError(f'boxes must have the shape [n, 4], {names[box_format]} each, got {list(arr.shape)}{tip}')
-    if not np.isfinite(arr).all(): raise ValueError(f'box {arr[~np.isfinite(arr).all(axis=1)][0].tolist()} has a value that is not a number')
+    if not np.isfinite(arr).all(): raise ValueError(f'box {arr[~np.isfinite(arr).all(axis=1)][0].tolist()} has a value that is not finite')
     corners = arr if box_format == 'xyxy' else np.concatenate([arr[:, :2], arr[:, :2] + arr[:, 2:]], axis=1)
     result = [Box(*row) for row in np.rint(corners).astype(int).tolist()]
     other = 'xywh' if box_format == 'xyxy' else 'xyxy'

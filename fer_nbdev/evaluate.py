@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import auc, average_precision_score, classification_report, confusion_matrix, log_loss, precision_recall_curve, precision_recall_fscore_support, roc_curve
 
-from .core import EMOTIONS, check_self_contained, expand_home, import_cv2, import_onnxruntime
+from .core import EMOTIONS, check_self_contained, expand_home, import_cv2, import_onnxruntime, onnxruntime_errors
 from .data import FER2013, find_duplicates, split_names
 
 # %% ../nbs/06_evaluate.ipynb #89a4ffa1
@@ -311,10 +311,10 @@ def _open_onnx(path, classes):
     graph = path.read_bytes()
     check_self_contained(graph, path)
     try: session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    except Exception as e: raise ValueError(f"onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}") from None  # its errors share no class but this
+    except onnxruntime_errors() as e: raise ValueError(f"onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}") from None
     inputs = [(i.name, i.type, i.shape) for i in session.get_inputs()]
-    if len(inputs) != 1 or inputs[0][1] != "tensor(uint8)" or len(inputs[0][2]) != 3:
-        raise ValueError(f"{str(path)!r} takes {inputs}: expected one input, uint8 faces [n, size, size]. For another graph pass a function from such faces to probabilities")
+    if len(inputs) != 1 or inputs[0][1] != "tensor(uint8)" or len(inputs[0][2]) != 3 or isinstance(inputs[0][2][0], int):
+        raise ValueError(f"{str(path)!r} takes {inputs}: expected one input, uint8 faces [n, size, size] with any n. For another graph pass a function from such faces to probabilities")
     name, _, (_, size, _) = inputs[0]
     output = "probs" if "probs" in [o.name for o in session.get_outputs()] else session.get_outputs()[0].name
     def predict_faces(faces, bs=256):

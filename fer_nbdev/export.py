@@ -8,7 +8,7 @@ __all__ = ['LIMITS', 'ExportedModel', 'create_onnx', 'halve_weights', 'quantize_
            'calibrate_model', 'export_weights', 'export_learner']
 
 # %% ../nbs/08_export.ipynb #4cd7082b
-import io, json, logging, warnings
+import io, logging, warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -21,14 +21,15 @@ from fastai.data.transforms import Normalize
 from torch import nn
 
 from .cards import read_model, write_model
-from .core import EMOTIONS, expand_home, import_onnxruntime, require
+from .core import EMOTIONS, expand_home, import_onnxruntime, onnxruntime_errors, require
 from .data import FER2013, select_classes, synthetic_faces
 from .calibrate import Calibration, calibrate_graph, fit_calibration
+from .callbacks import load_weights
 from .evaluate import _resized, score
 from .loaders import FER2013_STATS
 from .models import count_parameters, create_model, input_stats
 from .recipe import Recipe, plain_recipe, read_recipe
-from .train import load_run, prepare_table
+from .train import load_run, prepare_table, read_run
 
 # %% ../nbs/08_export.ipynb #0aad95d4
 def _channel_stats(stats):
@@ -310,9 +311,8 @@ def open_graph(
 
 def _in_batches(predict_faces, faces):
     "Batches of 1, 7 and the rest. Raises ValueError where the graph takes only those of another size."
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
     try: return np.concatenate([predict_faces(f) for f in np.split(faces, [1, 8]) if len(f)])
-    except (Fail, InvalidArgument, RuntimeException) as e: raise ValueError(f"the exported graph does not take every number of faces, so the network must treat the size of a batch as fixed: {e}") from e
+    except onnxruntime_errors() as e: raise ValueError(f"the exported graph does not take every number of faces, so the network must treat the size of a batch as fixed: {e}") from e
 
 def check_parity(
     graph: bytes,  # of `create_onnx`, `halve_weights` or `quantize_graph`
@@ -328,10 +328,6 @@ def check_parity(
     return check_report(parity_report(_in_batches(open_graph(graph), faces), whole.predict_faces(faces), emotion), weights, limits)
 
 # %% ../nbs/08_export.ipynb #acb54677
-def _with_classes(table, classes):
-    "The table with these classes in this order, which it may have already."
-    return table if tuple(table.classes) == tuple(classes) else select_classes(table, tuple(classes))
-
 def _part(table, usage, img_size, n=None):
     "The rows of a split, at most `n` of them drawn at random, with faces of `img_size`."
     part = table.split(usage)
@@ -384,7 +380,7 @@ def export_model(
     _check_weights(weights, limits)
     classes = tuple(classes or (EMOTIONS if table is None else table.classes))
     if whole.n_classes != len(classes): raise ValueError(f"the network has {whole.n_classes} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
-    if table is not None: table = _with_classes(table, classes)
+    if table is not None: table = select_classes(table, classes)
     usage, faces, emotion = parity_faces(table, img_size)
     ranges = _range_faces(table, img_size) if weights == "int8" else np.empty((0, img_size, img_size), np.uint8)
     graph = create_onnx(whole)
@@ -414,8 +410,7 @@ def export_run(
 
     Of `table` the rows count that the recipe asks for. The card's `selected_on` says which faces chose the epoch.
     Raises `FileNotFoundError` where `run` is not a run, and `ValueError` as `export_model` does."""
-    run, model = Path(expand_home(run)), load_run(run)
-    recipe, facts = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
+    model, (recipe, facts) = load_run(run), read_run(run)
     entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid,
                    **{k: facts.get(k) for k in ("commit", "data", "teachers", "hardware", "versions", "train_minutes", "date", "best_epoch")})
     return export_model(model, out, None if table is None else prepare_table(recipe, table), classes=tuple(facts["data"]["classes"]),
@@ -438,7 +433,7 @@ def quantize_model(
     Raises as `read_model` does where there is no whole model, and `ValueError` where it is in int8 already, where the table lacks
     Training rows or one of its classes, and where int8 strays further from the folder's own graph than the limits."""
     out, (card, graph) = Path(expand_home(out)), read_model(folder)
-    table = _with_classes(table, card["classes"])
+    table = select_classes(table, card["classes"])
     small = quantize_graph(graph, _range_faces(table, card["img_size"]), method, reduce_range)
     usage, faces, emotion = parity_faces(table, card["img_size"])
     predict_faces = open_graph(small)
@@ -463,7 +458,7 @@ def calibrate_model(
 
     Raises as `read_model` does where there is no whole model, and `ValueError` where the split has fewer than ten faces or the table lacks a class."""
     out, (card, graph) = Path(expand_home(out)), read_model(folder)
-    table = _with_classes(table, card["classes"])
+    table = select_classes(table, card["classes"])
     part = _part(table, usage, card["img_size"])
     if len(part) < 10: raise ValueError(f"a calibration is fitted on ten faces at least, and the table has {len(part)} of {usage}")
     calibration = fit_calibration(open_graph(calibrate_graph(graph, None))(part.pixels), part.emotion, method)
@@ -472,13 +467,10 @@ def calibrate_model(
     return write_model(out, graph, card)
 
 # %% ../nbs/08_export.ipynb #facd55e4
-def _load_weights(file, recipe, classes):
+def _network_of(file, recipe, classes):
     "The network of a recipe with the weights of a file."
-    safetensors = require("safetensors.torch", "train")
-    if not file.is_file(): raise FileNotFoundError(f"there is no weights file {str(file)!r}")
-    if file.suffix != ".safetensors": raise ValueError(f"{file.name}: expected a .safetensors file, which cannot run code when it is read")
-    try: state = safetensors.load_file(file)
-    except require("safetensors", "train").SafetensorError as e: raise ValueError(f"{file.name} cannot be read as safetensors: {e}") from None
+    if file.is_file() and file.suffix != ".safetensors": raise ValueError(f"{file.name}: expected a .safetensors file, which cannot run code when it is read")
+    state, _ = load_weights(file)
     model = create_model(recipe.arch, len(classes), recipe.n_in, recipe.img_size, **recipe.arch_args)
     shapes, found = ({k: tuple(v.shape) for k, v in s.items()} for s in (model.state_dict(), state))
     wrong = [f"{k} {found.get(k, '-')} instead of {shapes.get(k, '-')}" for k in (*shapes, *(k for k in found if k not in shapes)) if found.get(k) != shapes.get(k)]
@@ -505,7 +497,7 @@ def export_weights(
     if recipe is None and not beside.is_file(): raise ValueError(f"which network has the weights in {file.name}? Pass recipe=, or lay its recipe.yaml beside it")
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe or beside)
     classes = tuple(classes or recipe.classes or getattr(table, "classes", EMOTIONS))
-    return export_model(_load_weights(file, recipe, classes), out, None if table is None else prepare_table(recipe, table), classes=classes,
+    return export_model(_network_of(file, recipe, classes), out, None if table is None else prepare_table(recipe, table), classes=classes,
                         stats=recipe.stats or input_stats(recipe.arch, recipe.pretrained), weights=weights, limits=limits,
                         **dict(arch=recipe.arch, recipe=plain_recipe(recipe), seed=recipe.seed) | about)
 

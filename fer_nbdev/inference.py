@@ -17,7 +17,7 @@ from itertools import chain, islice, repeat
 import numpy as np
 
 from .classify import FaceClassifier, count_threads
-from .core import UNCERTAIN, Prediction, read_image, require
+from .core import UNCERTAIN, Prediction, check_count, read_image, require
 from .detect import check_boxes, crop_faces, detect_faces, plot_boxes
 
 # %% ../nbs/10_inference.ipynb #2e39180f
@@ -90,6 +90,13 @@ def _several(sources):
         raise ValueError(f'expected a list of images or another iterable, got {got}; for a single image use predict, or [image]')
     return sources
 
+def _answered(predictor, items, look, workers, at_once):
+    "Yield (item, its predictions, or the error that `look` gave in place of what was seen), in order"
+    with closing(_ready(look, items, workers, at_once)) as batches:
+        for batch in batches:
+            answers = iter(predictor._answer(seen for _, seen in batch if not isinstance(seen, Exception)))
+            for item, seen in batch: yield item, seen if isinstance(seen, Exception) else next(answers)
+
 def _predict_many(predictor, sources, workers, at_once):
     "The generator behind `Predictor.predict_many`"
     def look(source):
@@ -98,11 +105,7 @@ def _predict_many(predictor, sources, workers, at_once):
             e.__context__ = None # the traces of an error hold on to the bytes of its picture
             return e.with_traceback(None)
         return predictor._look(image)
-
-    with closing(_ready(look, sources, workers, at_once)) as batches:
-        for batch in batches:
-            answers = iter(predictor._answer(looks for _, looks in batch if not isinstance(looks, Exception)))
-            for source, looks in batch: yield source, looks if isinstance(looks, Exception) else next(answers)
+    return _answered(predictor, sources, look, workers, at_once)
 
 # %% ../nbs/10_inference.ipynb #e04ba048
 class Predictor(_FaceFinder):
@@ -116,9 +119,10 @@ class Predictor(_FaceFinder):
         box_format: str = "xyxy", # what the numbers of `boxes` are, "xyxy" or "xywh"
     ) -> list[list[Prediction]]: # for each image what `predict` gives
         "Predict the faces of several images in one batch; raises what `read_image` raises for the first that cannot be read"
-        if boxes is not None and len(boxes := list(boxes)) != len(sources := list(_several(sources))):
-            raise ValueError(f'{len(boxes)} lists of boxes for {len(sources)} images: expected one list an image')
-        return self._answer(self._look(read_image(source), own, box_format) for source, own in zip(_several(sources), repeat(None) if boxes is None else boxes))
+        sources = _several(sources)
+        if boxes is not None: sources, boxes = list(sources), list(boxes)
+        if boxes is not None and len(boxes) != len(sources): raise ValueError(f'{len(boxes)} lists of boxes for {len(sources)} images: expected one list an image')
+        return self._answer(self._look(read_image(source), own, box_format) for source, own in zip(sources, repeat(None) if boxes is None else boxes))
 
     def predict(self,
         source, # a path, bytes, a PIL image, or a uint8 array (RGB or gray)
@@ -138,8 +142,7 @@ class Predictor(_FaceFinder):
         """Predict any number of images: read, detect and infer at the same time, in little memory. Closing the generator stops its threads.
 
         Raises what a detector that is a function raises; it is called by several threads at once."""
-        if not (isinstance(at_once, (int, np.integer)) and at_once >= 1): raise ValueError(f'at_once must be a whole number of 1 or more, got {at_once!r}')
-        return _predict_many(self, _several(sources), count_threads(workers, 16, 'workers'), at_once)
+        return _predict_many(self, _several(sources), count_threads(workers, 16, 'workers'), check_count('at_once', at_once))
 
     def plot(self,
         source, # a path, bytes, a PIL image, or a uint8 array (RGB or gray)

@@ -34,8 +34,7 @@ from .core import EMOTIONS, expand_home, require
 from .data import FER2013
 from .evaluate import check_probs, face_losses, predict_table, report_text, score
 from .loaders import FER2013_STATS, FERLoader, PILFace, TensorFace, row_emotion, row_pixels, table_dl, table_rows
-from .recipe import read_recipe
-from .train import load_run
+from .train import load_run, read_run
 
 # %% ../nbs/07_interpret.ipynb #fece39c0
 def _table_loader(table):
@@ -178,9 +177,8 @@ def open_network(
         found = [t for t in source.dls.after_batch.fs if isinstance(t, Normalize)]
         return Network(source.model, tuple(float(v.flatten()[0]) for v in (found[0].mean, found[0].std)) if found else (0., 1.), tuple(source.dls.vocab), type(source.model).__name__)
     if not _is_run(source): raise ValueError(f"{str(source)!r}: expected the folder of a run (with best.safetensors), a learner or a PyTorch module. Models in ONNX have no gradients; occlusion_map works on them")
-    run = Path(expand_home(source))
-    recipe, about = read_recipe(run/"recipe.yaml"), json.loads((run/"run.json").read_text())
-    return Network(load_run(run), recipe.stats, tuple(about["data"]["classes"]), recipe.name)  # type: ignore[arg-type]  # a run knows its stats
+    recipe, about = read_run(source)
+    return Network(load_run(source), recipe.stats, tuple(about["data"]["classes"]), recipe.name)  # type: ignore[arg-type]  # a run knows its stats
 
 def _open_model(model): return open_network(model) if _is_run(model) or isinstance(model, nn.Module) else model
 
@@ -326,10 +324,11 @@ def occlusion_map(
     """What the probability of an emotion loses where a square covers the face: float32 [n, s, s], the mean over the squares that cover a pixel.
 
     With `scale` in 0..1, all 0 where no square costs anything; without it in -1..1, negative where covering helps. Raises `ValueError` for an
-    unknown emotion, faces that are not square, and a size or stride that leaves pixels uncovered."""
+    unknown emotion, faces that are not square, a gray outside 0..255, and a size or stride that leaves pixels uncovered."""
     faces, predictor = np.asarray(faces), _open_predictor(model)
     if faces.dtype != np.uint8 or faces.ndim != 3 or faces.shape[1] != faces.shape[2]: raise ValueError(f"expected faces uint8 [n, s, s], got {faces.dtype} {faces.shape}")
     if not 1 <= stride <= size <= faces.shape[1]: raise ValueError(f"size={size}, stride={stride}: expected 1 <= stride <= size <= {faces.shape[1]}")
+    if not 0 <= fill <= 255: raise ValueError(f"fill={fill!r}: expected a gray from 0 to 255")
     before, windows = np.asarray(predictor.predict_faces(faces)), _windows(faces.shape[1], size, stride)
     targets = _targets(emotion, len(faces), tuple(predictor.classes))
     if targets is None: targets = before.argmax(1)
@@ -458,13 +457,11 @@ def plot_class_curves(
 def _read_run(run):
     "What `compare_runs` says of one run."
     run, rows = Path(expand_home(run)), read_history(run).reset_index().to_dict("records")
-    if not (run/"run.json").is_file(): raise FileNotFoundError(f"no run.json in {str(run)!r}: expected the folder of a run")
-    about = json.loads((run/"run.json").read_text(encoding="utf-8"))
-    recipe, data = about["recipe"], about["data"]
-    best = rows[best_epoch(rows, recipe.get("monitor") or "accuracy")]
-    return dict(run=run.name, arch=recipe["arch"], parameters=about["n_params"], epochs=len(rows), finished=about["finished"], best_epoch=best["epoch"],
+    recipe, about = read_run(run)
+    data, best = about["data"], rows[best_epoch(rows, recipe.monitor)]
+    return dict(run=run.name, arch=recipe.arch, parameters=about["n_params"], epochs=len(rows), finished=about["finished"], best_epoch=best["epoch"],
                 accuracy=best.get("accuracy"), macro_f1=best.get("f1_score"), valid_loss=best["valid_loss"], minutes=round(sum(r["seconds"] for r in rows)/60, 2),
-                classes=len(data["classes"]), training_faces=data["rows"].get("Training", 0), valid=recipe["valid"], data=data["sha256"][:8], seed=recipe["seed"], date=about["date"])
+                classes=len(data["classes"]), training_faces=data["rows"].get("Training", 0), valid=recipe.valid, data=data["sha256"][:8], seed=recipe.seed, date=about["date"])
 
 def compare_runs(
     runs: list,  # folders of runs

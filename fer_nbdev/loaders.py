@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLINGS', 'FER2013_STATS', 'FaceRow', 'table_rows', 'row_pixels', 'row_emotion', 'TensorFace', 'PILFace',
-           'FERSplitter', 'TensorSoftCategory', 'FERLoader', 'Augment', 'random_affine', 'random_window',
+           'check_valid', 'FERSplitter', 'TensorSoftCategory', 'FERLoader', 'Augment', 'random_affine', 'random_window',
            'random_light', 'random_erase', 'AugmentBatch', 'fer_datablock', 'fer_dls', 'table_dl']
 
 # %% ../nbs/02_loaders.ipynb #eb728974
@@ -69,9 +69,16 @@ class PILFace(PILImageBW):
     _show_args, _tensor_cls = dict(cmap="gray"), TensorFace
 
 # %% ../nbs/02_loaders.ipynb #7062a1f1
-def _check_valid(valid):
-    "Raise ValueError for what is neither a name, which may be that of a split, nor a fraction."
-    if not isinstance(valid, str) and (isinstance(valid, bool) or not isinstance(valid, Real) or not 0 < float(valid) < 1): raise ValueError(f"valid={valid!r}: expected the name of a split or a fraction between 0 and 1")
+def check_valid(
+    valid,  # the name of a split, several joined by +, or a fraction of Training
+):
+    "What validates, with splits named as in `USAGES`. Raises `ValueError` for Training, an unknown split, and a fraction outside 0..1."
+    if not isinstance(valid, str):
+        if isinstance(valid, bool) or not isinstance(valid, Real) or not 0 < float(valid) < 1: raise ValueError(f"valid={valid!r}: expected the name of a split or a fraction between 0 and 1")
+        return valid
+    names = split_names(valid)
+    if "Training" in names: raise ValueError(f"valid={valid!r}: rows that train can't validate; a fraction such as .1 takes them out of Training")
+    return "+".join(names)
 
 def _valid_or_tenth(valid, usage):
     "The split or fraction that validates; a tenth of Training, and a line that says so, in place of a split of which there are no rows."
@@ -88,9 +95,7 @@ class FERSplitter:
         stratify: bool = True,  # a fraction is drawn class by class
         seed: int = 0,  # of the random fraction
     ):
-        _check_valid(valid)
-        if isinstance(valid, str) and "Training" in split_names(valid): raise ValueError(f"valid={valid!r}: rows that train can't validate; a fraction such as .1 takes them out of Training")
-        self.valid, self.stratify, self.seed = valid, stratify, seed
+        self.valid, self.stratify, self.seed = check_valid(valid), stratify, seed
 
     def __call__(self, rows):
         usage, emotion = (np.array([getattr(r, k) for r in rows]) for k in ("usage", "emotion"))

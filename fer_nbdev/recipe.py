@@ -19,7 +19,7 @@ import yaml
 from fastai.optimizer import Lamb, Larc, QHAdam, ranger
 
 from .core import EMOTIONS, expand_home, write_whole
-from .loaders import SAMPLINGS, Augment, _check_valid
+from .loaders import SAMPLINGS, Augment, check_valid
 from .losses import LOSSES
 from .models import list_models
 
@@ -34,7 +34,7 @@ class Task:
     per_class: dict | None = None  # faces drawn of each class, by split: {Training: 1000, PublicTest: 100}; None takes all
     valid: str | float = "PublicTest"  # split that selects the epoch, several joined by +, or a fraction of Training
     sampling: str | None = None  # None, oversample or weighted
-    augment: dict = field(default_factory=dict)  # arguments of `Augment`; None trains without
+    augment: dict | None = field(default_factory=dict)  # arguments of `Augment`; None trains without
     mixup: float = 0.  # strength of mixup (both parameters of the Beta distribution); 0 switches it off
     cutmix: float = 0.  # strength of cutmix, likewise
     stats: tuple | None = None  # mean and standard deviation of the pixels; None takes those the network expects
@@ -79,6 +79,7 @@ class Recipe(Task):
 
     def __post_init__(self):
         check_recipe(self)
+        object.__setattr__(self, "valid", check_valid(self.valid))  # private is PrivateTest
         for f in fields(self):  # 2.0 epochs are 2
             if _kind(f) is int and isinstance(v := getattr(self, f.name), float): object.__setattr__(self, f.name, int(v))
 
@@ -96,6 +97,7 @@ _SCHEDULE_ARGS = dict(plateau=("factor", "patience", "min_lr"), inverse=("decay"
 _ALLOWED: dict[str, tuple | dict] = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, monitor=MONITORS, loss=LOSSES, sampling=(None, *SAMPLINGS),
                 class_weights=(None, "inverse", "effective"), precision=("auto", "bf16", "fp32"), n_in=(1, 3))
 _ABOVE_ZERO = ("epochs", "bs", "lr", "pct_start", "lr_mult", "clip", "patience")
+_BELOW_ONE = ("pct_start", "ema", "label_smoothing")
 
 def _kind(field): return (get_args(field.type) or (field.type,))[0]  # float for `float | None`
 
@@ -104,7 +106,7 @@ _KINDS: dict[type, tuple] = {str: ("a text", str), dict: ("a mapping", dict), tu
 def _check_kind(field, value):
     "Raise ValueError where a field holds another kind of value than it should."
     kinds = get_args(field.type) or (field.type,)
-    if value is None and (field.default is None or field.name == "augment") or kinds[0] not in _KINDS or field.name == "valid": return
+    if value is None and type(None) in kinds or kinds[0] not in _KINDS or field.name == "valid": return
     what, kind = _KINDS[kinds[0]]
     if not isinstance(value, kind): raise ValueError(f"{field.name}={str(value)[:80]!r}: expected {what}")
 
@@ -112,11 +114,12 @@ def _check_number(name, value, kind):
     "Raise ValueError where a number is of the wrong kind or sign."
     what = "a whole number" if kind is int else "a number"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or kind is int and value != int(value): raise ValueError(f"{name}={value!r}: expected {what}")
-    if value < 0 or value == 0 and name in _ABOVE_ZERO: raise ValueError(f"{name}={value!r}: expected {what} above zero")
+    if value < 0 or value == 0 and name in _ABOVE_ZERO or value >= 1 and name in _BELOW_ONE:
+        least = "above zero" if name in _ABOVE_ZERO else "of zero or more"
+        raise ValueError(f"{name}={value!r}: expected {what} {least}{' and below one' if name in _BELOW_ONE else ''}")
 
 def _check_faces(recipe):
-    "Raise ValueError for a split, statistics of pixels or weights that can't be."
-    _check_valid(recipe.valid)
+    "Raise ValueError for statistics of pixels or weights that can't be."
     stats = recipe.stats
     if stats is not None and not (len(stats) == 2 and all(isinstance(s, (int, float)) and isfinite(s) for s in stats) and stats[1] > 0): raise ValueError(f"stats={stats!r}: expected a mean and a standard deviation above zero")
     if not isinstance(recipe.pretrained, (bool, str)): raise ValueError(f"pretrained={recipe.pretrained!r}: expected true, false or the path of a file with weights")
@@ -138,15 +141,14 @@ def check_recipe(
         raise ValueError(f"arch={recipe.arch!r}: expected one of {', '.join(list_models())}, timm/NAME or torchvision/NAME")
     for f in fields(recipe):
         value, kind = getattr(recipe, f.name), _kind(f)
-        if kind in (int, float) and not (value is None and f.default is None): _check_number(f.name, value, kind)
+        if kind in (int, float) and not (value is None and type(None) in get_args(f.type)): _check_number(f.name, value, kind)
     if recipe.soft_share > 1: raise ValueError(f"soft_share={recipe.soft_share!r}: expected a number from 0 to 1")
-    if not 0 < recipe.pct_start < 1 or not 0 <= recipe.ema < 1: raise ValueError(f"pct_start={recipe.pct_start!r}, ema={recipe.ema!r}: expected numbers between 0 and 1")
     if recipe.freeze_epochs and recipe.pretrained is False: raise ValueError(f"freeze_epochs={recipe.freeze_epochs}: there is nothing worth freezing in a network without pretrained weights; set pretrained")
     unknown = [c for c in recipe.classes or () if c not in EMOTIONS]
     if unknown or recipe.classes and len(recipe.classes) < 2: raise ValueError(f"classes={recipe.classes!r}: expected two or more of {', '.join(EMOTIONS)}")
     _check_faces(recipe)
     if recipe.mixup and recipe.cutmix: raise ValueError(f"mixup={recipe.mixup}, cutmix={recipe.cutmix}: both mix the faces of a batch; set one of them to 0")
-    if recipe.sampling and recipe.class_weights: raise ValueError(f"sampling={recipe.sampling}, class_weights={recipe.class_weights}: both bring rare classes back, together twice as much; set one of them to null")
+    if recipe.sampling and recipe.class_weights: raise ValueError(f"sampling={recipe.sampling}, class_weights={recipe.class_weights}: both balance the classes, and together they overcorrect; set one of them to null")
     _check_keys(f"schedule_args of {recipe.schedule}", recipe.schedule_args, _SCHEDULE_ARGS.get(recipe.schedule, ()))
     for k, v in recipe.schedule_args.items(): _check_number(f"schedule_args.{k}", v, int if k == "patience" else float)
     if not 0 < recipe.schedule_args.get("factor", .1) < 1: raise ValueError(f"schedule_args.factor={recipe.schedule_args['factor']!r}: expected a number between 0 and 1")
@@ -154,8 +156,8 @@ def check_recipe(
 
 # %% ../nbs/04a_recipe.ipynb #3d10145d
 def create_augment(
-    settings: dict,  # the `augment` of a recipe; None trains without
-) -> Augment:
+    settings: dict | None,  # the `augment` of a recipe; None trains without
+) -> Augment | None:
     "An `Augment` of a recipe's dict; None for None. Raises `ValueError` for a setting that it does not have."
     if settings is None: return None
     _check_keys("augment", settings, [f.name for f in fields(Augment)])
@@ -177,7 +179,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
-        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}): raise yaml.YAMLError(f"twice there: {', '.join(twice)}")
+        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}): raise yaml.YAMLError(f"duplicate keys: {', '.join(twice)}")
         return super().construct_mapping(node, deep)
 
 def _read_yaml(text, where):
@@ -188,7 +190,7 @@ def _read_yaml(text, where):
         if json.loads(json.dumps(value, allow_nan=False)) == value: return value
     except (yaml.YAMLError, RecursionError) as e: raise ValueError(f"{where}: not readable as yaml ({e})") from None
     except (TypeError, ValueError): pass
-    raise ValueError(f"{where}: holds something else than texts, finite numbers, lists and mappings with texts as keys")
+    raise ValueError(f"{where}: holds something other than texts, finite numbers, lists and mappings with texts as keys")
 
 _MOST = 100_000
 

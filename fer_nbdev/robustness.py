@@ -104,7 +104,7 @@ def corrupt(
     if faces.dtype != np.uint8 or faces.ndim != 3 or faces.shape[1] != faces.shape[2]: raise ValueError(f"expected faces uint8 [n, s, s], got {faces.dtype} {faces.shape}")
     if not isinstance(corruption, Corruption): corruption, = _find_corruptions([corruption]).values()
     n = len(corruption.strengths)
-    if severity not in range(n + 1): raise ValueError(f"severity={severity!r}: expected a whole number from 0 (as it is) to {n}")
+    if not isinstance(severity, (int, np.integer)) or severity not in range(n + 1): raise ValueError(f"severity={severity!r}: expected a whole number from 0 (as it is) to {n}")
     if severity == 0 or not len(faces): return faces.copy()
     return corruption.apply(faces, corruption.strengths[severity - 1], np.random.default_rng(seed))
 
@@ -120,8 +120,9 @@ def plot_corruptions(
     _, axs = plt.subplots(len(severities), len(found), figsize=(1.15*len(found), 1.5*len(severities)), squeeze=False, layout="constrained")
     for row, severity in zip(axs, severities):
         for ax, (name, c) in zip(row, found.items()):
+            damaged, = corrupt(np.asarray(face)[None], c, severity, seed)
             strength = f"{c.strengths[severity - 1]:g} {c.unit.split(',')[0]}" if severity else "as it is"
-            ax.imshow(corrupt(np.asarray(face)[None], c, severity, seed)[0], cmap="gray", vmin=0, vmax=255); ax.axis("off")
+            ax.imshow(damaged, cmap="gray", vmin=0, vmax=255); ax.axis("off")
             ax.set_title(f"{name}\n{strength}", fontsize=6.5, pad=3)
     return axs
 

@@ -8,7 +8,7 @@ __all__ = ['NO_FACE', 'DatasetSummary', 'predict_dataset']
 # %% ../nbs/13_scale.ipynb #f4f07f69
 import codecs, csv, glob, hashlib, io, itertools, json, logging, math, os, platform, re, tempfile, threading
 from collections.abc import Callable
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from .classify import count_threads
 from .core import import_cv2, read_image, require, write_whole
 from .data import IMAGE_SUFFIXES
 from .detect import _choose
-from .inference import _COLUMNS, Predictor, _ready
+from .inference import _COLUMNS, Predictor, _answered
 
 # %% ../nbs/13_scale.ipynb #05cc8b19
 class _Places:
@@ -338,10 +338,7 @@ def _answers(predictor, places, images, readers, at_once):
         except (ValueError, OSError, error) as e:
             e.__context__ = e.__cause__ = None
             return e.with_traceback(None)
-    with closing(_ready(look, images, readers, at_once)) as batches:
-        for batch in batches:
-            preds = iter(predictor._answer(looks for _, looks in batch if not isinstance(looks, Exception)))
-            for (name, _), looks in batch: yield name, looks if isinstance(looks, Exception) else next(preds)
+    for (name, _), preds in _answered(predictor, images, look, readers, at_once): yield name, preds
 
 # %% ../nbs/13_scale.ipynb #d91ba7b1
 def _face_rows(name, preds, n_classes):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .classify import count_threads
-from .core import read_image, require
+from .core import check_count, read_image, require
 from .detect import check_boxes, detect_faces
 from .inference import Predictor
 from .track import CutDetector, FaceTracker, ProbabilitySmoother
@@ -189,8 +189,7 @@ class _Gathering:
     "What waits, and who is coming"
     def __init__(self, wait, most):
         if not 0 <= wait < 1: raise ValueError(f'wait is in seconds, 0 or more and below 1, got {wait!r}')
-        if not (isinstance(most, int) and most >= 1): raise ValueError(f'most must be a whole number of 1 or more, got {most!r}')
-        self.wait, self.most, self.coming, self.items, self.changed = wait, most, 0, deque(), asyncio.Event()
+        self.wait, self.most, self.coming, self.items, self.changed = wait, check_count('most', most), 0, deque(), asyncio.Event()
 
     @contextmanager
     def announce(self):
@@ -364,7 +363,7 @@ class LiveFaces:
         predictor: Predictor, # that is asked
         every: int = 1, # look for faces in every second frame, say; in between they are followed
     ):
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1: raise ValueError(f'every must be a whole number of 1 or more, got {every!r}')
+        every = check_count('every', every)
         self.count, self._begin = 0, monotonic()
         self._next: Frame | None = None
         self._steps = _predict_frames(iter(lambda: self._next, None), predictor, every, FaceTracker(min_hits=1), ProbabilitySmoother(), CutDetector())

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from .core import Box, import_cv2
+from .core import Box, check_count, import_cv2
 
 # %% ../nbs/10a_track.ipynb #0fa11198
 def assign(
@@ -107,8 +107,10 @@ class FaceTracker:
         min_hits: int = 2, # detections that confirm a face
         max_distance: float = 1., # how far from where it is expected a face may be found, in sides of its box
     ):
-        for name, value, least in (('max_age', max_age, 0), ('coast', coast, 0), ('min_hits', min_hits, 1), ('max_distance', max_distance, 1e-9)):
-            if not least <= value < math.inf: raise ValueError(f'{name} must be {"at least 1" if name == "min_hits" else "positive"}, got {value!r}')
+        for name, value in (('max_age', max_age), ('coast', coast)):
+            if not 0 <= value < math.inf: raise ValueError(f'{name} must be a number of seconds, 0 or more, got {value!r}')
+        if not 0 < max_distance < math.inf: raise ValueError(f'max_distance must be above 0, got {max_distance!r}')
+        check_count('min_hits', min_hits)
         self.max_age, self.coast, self.min_hits, self.max_distance = max_age, coast, min_hits, max_distance
         self._tracks, self._last_id, self.time = [], 0, -math.inf
 
@@ -116,9 +118,9 @@ class FaceTracker:
         boxes, # the faces of this frame (x0, y0, x1, y1), in any order
         time: float, # its time in seconds, later than the last one's
     ) -> dict[int, Box]: # the box of each number; it may reach outside the image
-        "Take in the detections of a frame. Raises a `ValueError` for a time that does not go on and for boxes without area or end."
+        "Take in the detections of a frame. Raises a `ValueError` for a time that is not later than the last, and for boxes without a finite area."
         boxes = [tuple(map(float, b)) for b in boxes]
-        if not self.time < time < math.inf: raise ValueError(f'time must go on from {self.time:g} s, got {time!r}; for another video call reset()')
+        if not self.time < time < math.inf: raise ValueError(f'time must be later than the last, {self.time:g} s, got {time!r}; for another video call reset()')
         if any(not (math.inf > x1 > x0 > -math.inf and math.inf > y1 > y0 > -math.inf) for x0, y0, x1, y1 in boxes): raise ValueError(f'each box must be (x0, y0, x1, y1) with x1 > x0 and y1 > y0, got {boxes}')
         self.time = time
         for t in self._tracks: t.motion.predict(time)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FERLearner', 'decay_groups', 'depth_groups', 'group_lrs', 'schedule_cbs', 'fer_learner', 'describe_data',
-           'prepare_table', 'keep_freed_memory', 'TrimMemory', 'train', 'load_run', 'fold_tables', 'cross_validate']
+           'prepare_table', 'keep_freed_memory', 'TrimMemory', 'train', 'read_run', 'load_run', 'fold_tables',
+           'cross_validate']
 
 # %% ../nbs/05_train.ipynb #a2d40978
 import ctypes, hashlib, json, platform, shutil, subprocess, sys
@@ -198,7 +199,7 @@ def prepare_table(
     table: FER2013,  # all there is
 ) -> FER2013:
     "The rows of a table that a recipe trains and tests on; votes give way to the label as far as `soft_share` says."
-    if recipe.classes and tuple(recipe.classes) != tuple(table.classes): table = select_classes(table, tuple(recipe.classes))
+    if recipe.classes: table = select_classes(table, recipe.classes)
     if table.soft is not None and recipe.soft_share < 1:
         table = replace(table, soft=(recipe.soft_share*table.soft + (1 - recipe.soft_share)*np.eye(len(table.classes))[table.emotion]).astype(np.float32))
     return draw_per_class(table, recipe.per_class, recipe.seed) if recipe.per_class else table
@@ -324,7 +325,7 @@ def _write_json(path, value):
     if rank_distrib(): return
     with write_whole(path) as tmp: Path(tmp).write_text(json.dumps(value, indent=1))
 
-def _read_json(path): return json.loads(Path(path).read_text())
+def _read_json(path): return json.loads(Path(path).read_text(encoding="utf-8"))
 
 def _begin(out, recipe, about):
     "Write down what is about to happen."
@@ -342,14 +343,26 @@ def _finish(learn, out, recipe, cbs):
     _write_json(out/"run.json", dict(about, finished=True, best_epoch=best_epoch(rows, recipe.monitor), train_minutes=minutes))
     return learn
 
+def read_run(
+    out,  # folder of a run
+) -> tuple:
+    "The recipe of a run and the dict of its run.json. Raises `FileNotFoundError` where a file is missing, and `ValueError` that names one that is damaged."
+    out = Path(expand_home(out))
+    if not (out/"run.json").is_file(): raise FileNotFoundError(f"there is no {str(out/'run.json')!r}: expected the folder of a run")
+    try: about = _read_json(out/"run.json")
+    except ValueError as e: raise ValueError(f"{str(out/'run.json')!r} cannot be read as JSON: {e}") from None
+    missing = [k for k in ("recipe", "data", "n_params", "date", "finished") if not isinstance(about, dict) or k not in about]
+    if missing: raise ValueError(f"{str(out/'run.json')!r} lacks {', '.join(missing)}: it was not written by a run")
+    return read_recipe(out/"recipe.yaml"), about
+
 def load_run(
     out,  # folder of a run
     device="cpu",  # where to put the network
 ) -> torch.nn.Module:
-    "The network of a run with its best weights, in eval mode."
+    "The network of a run with its best weights, in eval mode. Raises `FileNotFoundError` before its first epoch has ended, and what `read_run` raises."
     out = Path(expand_home(out))
     if not (out/"best.safetensors").is_file(): raise FileNotFoundError(f"{out} holds no finished epoch: expected best.safetensors and recipe.yaml of a run")
-    recipe, about = read_recipe(out/"recipe.yaml"), json.loads((out/"run.json").read_text())
+    recipe, about = read_run(out)
     model = create_model(recipe.arch, len(about["data"]["classes"]), recipe.n_in, recipe.img_size, **recipe.arch_args)
     model.load_state_dict(load_weights(out/"best.safetensors")[0])
     return model.eval().to(device)

@@ -20,7 +20,7 @@ from warnings import warn
 
 import numpy as np
 
-from .core import UNCERTAIN, Box, Prediction, expand_home, import_cv2, read_image, require, write_whole
+from .core import UNCERTAIN, Box, Prediction, check_count, expand_home, import_cv2, read_image, require, write_whole
 from .data import IMAGE_SUFFIXES
 from .detect import detect_faces
 from .inference import Predictor
@@ -276,8 +276,7 @@ def predict_video(
 
     A face is reported from its second detection on, so a scene of one frame has none: for pictures without a common story there is `Predictor.predict_many`.
     Raises what `VideoReader` and `Predictor` raise, at once, and `ValueError` for settings out of range."""
-    if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1: raise ValueError(f'every must be a whole number of 1 or more, got {every!r}')
-    smoother, is_cut = ProbabilitySmoother(smoothing, margin), CutDetector(cut)
+    every, smoother, is_cut = check_count('every', every), ProbabilitySmoother(smoothing, margin), CutDetector(cut)
     if isinstance(model, Predictor) and detector is not None: raise ValueError('a Predictor brings its own detector: make it with this one')
     predictor = model if isinstance(model, Predictor) else Predictor(model, detector=detector or "auto")
     if predictor.align: raise ValueError('align=True needs eyes, which frames without detection do not have: make the Predictor without it')

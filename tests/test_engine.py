@@ -21,8 +21,9 @@ from fer_nbdev.distill import describe_teachers
 from fer_nbdev.export import export_run
 from fer_nbdev.loaders import fer_dls
 from fer_nbdev.losses import LOSSES
-from fer_nbdev.recipe import MONITORS, OPTIMIZERS, SCHEDULES, list_recipes, read_recipe
-from fer_nbdev.train import TrimMemory, fer_learner, fold_tables, group_lrs, load_run, prepare_table, train
+from fer_nbdev.interpret import compare_runs, open_network
+from fer_nbdev.recipe import MONITORS, OPTIMIZERS, SCHEDULES, Recipe, list_recipes, read_recipe
+from fer_nbdev.train import TrimMemory, fer_learner, fold_tables, group_lrs, load_run, prepare_table, read_run, train
 
 WEIGHTS = weights_folder()
 SHORT = read_recipe("synthetic").set(["epochs=3", "lr=.003", "precision=fp32", "bs=32"])
@@ -299,3 +300,27 @@ def test_a_device_that_cannot_be_used_is_named_in_a_sentence(faces, tmp_path):
         with pytest.raises(ValueError, match=f"device='{device}' cannot be used here") as e:
             train(SHORT, faces, tmp_path / "run", device=device, progress=False)
         assert len(str(e.value)) < 300 and not (tmp_path / "run").exists()
+
+
+def test_splits_of_a_recipe_have_one_name():
+    assert Recipe(valid="public + private").valid == "PublicTest+PrivateTest"
+    for valid in ("nonsense", "Training", "public+train", 1.):
+        with pytest.raises(ValueError, match="split|rows that train|fraction"):
+            Recipe(valid=valid)
+
+
+@pytest.mark.parametrize("settings, said", [(dict(wd=-1.), "of zero or more$"), (dict(seed=-1), "a whole number of zero or more"), (dict(label_smoothing=1.5), "of zero or more and below one"),
+                                            (dict(pct_start=0.), "above zero and below one"), (dict(ema=1.), "below one"), (dict(lr=0.), "above zero$")])
+def test_a_number_out_of_range_is_told_its_range(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Recipe(**settings)
+
+
+@pytest.mark.parametrize("text, said", [("", "cannot be read as JSON"), ("{}", "lacks recipe, data"), ("[]", "lacks recipe"), (None, "there is no")])
+def test_a_damaged_run_is_named(text, said, faces, tmp_path):
+    train(SHORT.set(["epochs=1"]), faces, tmp_path, progress=False)
+    assert read_run(tmp_path)[1]["finished"] is True
+    (tmp_path / "run.json").unlink() if text is None else (tmp_path / "run.json").write_text(text)
+    for reader in (read_run, load_run, lambda run: export_run(run, tmp_path / "model"), open_network, lambda run: compare_runs([run])):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"run.json.*{said}|{said}.*run.json"):
+            reader(tmp_path)

@@ -184,3 +184,9 @@ def test_projections_keep_clusters_apart_and_repeat(method):
     centres = points.reshape(3, 30, 2).mean(1)
     nearest = np.linalg.norm(points[:, None] - centres, axis=2).argmin(1)
     assert np.array_equal(nearest, np.arange(90) // 30)
+
+
+@pytest.mark.parametrize("fill", [-1, 300])
+def test_the_square_of_occlusion_is_a_gray(learned, fill):
+    with pytest.raises(ValueError, match=f"fill={fill}"):
+        occlusion_map(learned[0], np.zeros((1, 48, 48), np.uint8), fill=fill)

@@ -5,6 +5,7 @@ plainly and slowly."""
 import json
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis.extra import numpy as hnp  # noqa: E402
 
 import fer_nbdev.inference as inference  # noqa: E402
 from fer_nbdev.core import EMOTIONS, UNCERTAIN, Box, Prediction, _upright, read_image  # noqa: E402
-from fer_nbdev.data import (FER2013, USAGES, class_counts, draw_per_class, find_duplicates, read_fer2013, select_classes, split_names,  # noqa: E402
+from fer_nbdev.data import (FER2013, USAGES, class_counts, draw_per_class, find_duplicates, read_fer2013, select_classes, split_names, synthetic_faces,  # noqa: E402
                             to_folders)
 from fer_nbdev.detect import _distinct, check_boxes, crop_faces, detect_faces  # noqa: E402
 from fer_nbdev.track import FaceTracker, assign  # noqa: E402
@@ -339,6 +340,18 @@ def test_duplicates_are_what_comparing_all_pairs_finds(ids, data):
     assert sorted(d.conflicts) == sorted(g for g in groups if len({int(emotion[i]) for i in g}) > 1)
     leaks = [usage[i] == "PrivateTest" and any(usage[j] == "Training" and ids[j] == ids[i] for j in range(n)) for i in range(n)]
     assert d.leaks().tolist() == leaks
+
+
+def test_leaks_are_asked_for_by_any_name_of_a_split_or_several():
+    table = synthetic_faces(70)
+    table.usage[:] = ["Training"] * 50 + ["PublicTest"] * 10 + ["PrivateTest"] * 10
+    table.pixels[50:53], table.pixels[60:65] = table.pixels[:3], table.pixels[5:10]
+    found = find_duplicates(table)
+    assert [int(found.leaks(*asked).sum()) for asked in [(), ("private", "train"), ("public",), ("public+private",), ("private", "public")]] == [5, 5, 3, 8, 0]
+    with pytest.raises(ValueError, match="unknown split 'nonsense'"):
+        found.leaks("nonsense")
+    with pytest.raises(ValueError, match="unknown split 'Foo'"):
+        replace(table, usage=np.full(70, "Foo"))
 
 
 @given(st.lists(st.lists(st.integers(0, 10), min_size=10, max_size=10), min_size=1, max_size=12), st.data())

@@ -15,7 +15,7 @@ from fer_nbdev.data import select_classes, synthetic_faces
 from fer_nbdev.votes import FERPLUS_CLASSES, FERPlus
 from fer_nbdev.evaluate import calibration_error, evaluate_model
 from fer_nbdev.inference import Predictor
-from fer_nbdev.robustness import CORRUPTIONS, Corruption, accuracy_by_agreement, accuracy_by_group, corrupt, evaluate_robustness, plot_robustness
+from fer_nbdev.robustness import CORRUPTIONS, Corruption, accuracy_by_agreement, accuracy_by_group, corrupt, evaluate_robustness, plot_corruptions, plot_robustness
 
 FACES = synthetic_faces(70, seed=5).pixels
 SMOOTH = np.stack([ndimage.gaussian_filter(f, 3) for f in FACES])  # interpolation in 1/32 pixel stays within a gray level
@@ -317,3 +317,11 @@ def test_the_command_line_damages_faces_too(tmp_path):
     assert len(rows) == 1 + 5 * len(CORRUPTIONS) and {r["corruption"] for r in rows} >= set(CORRUPTIONS)
     assert json.loads((tmp_path / "report" / "robustness.json").read_text())["rows"] == rows
     assert Image.open(tmp_path / "report" / "robustness.png").size[0] > 300
+
+
+@pytest.mark.parametrize("severity", [-1, 9, 2., 1.5, "3"])
+def test_severities_are_whole_numbers_in_range(severity):
+    face = synthetic_faces(7).pixels[0]
+    for draw in (lambda: corrupt(face[None], "blur", severity), lambda: plot_corruptions(face, ["blur"], (severity,))):
+        with pytest.raises(ValueError, match="severity"):
+            draw()

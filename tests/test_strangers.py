@@ -325,3 +325,18 @@ def test_nothing_in_the_package_unpickles():
             if isinstance(node, ast.Call) and ast.unparse(node.func) in risky: found.add((path.name, ast.unparse(node.func)))
             if isinstance(node, ast.keyword) and (node.arg, ast.unparse(node.value)) in {("allow_pickle", "True"), ("weights_only", "False"), ("shell", "True")}: found.add((path.name, node.arg))
     assert found == allowed
+
+
+def test_a_graph_for_one_face_at_a_time_is_refused(tmp_path):
+    from fer_nbdev.data import synthetic_faces
+    from fer_nbdev.evaluate import predict_table
+    def one(model): model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    (tmp_path / "one.onnx").write_bytes(small_graph(EMOTIONS, one))
+    with pytest.raises(ValueError, match="expected one input, uint8 faces .* with any n"):
+        predict_table(tmp_path / "one.onnx", synthetic_faces(14))
+
+
+@pytest.mark.parametrize("providers", ["", [], [None], [("cpu", 1)], 3, {"cpu"}])
+def test_providers_that_are_none(providers):
+    with pytest.raises(ValueError, match="provider"):
+        FaceClassifier("fast", providers=providers)
