@@ -8,7 +8,7 @@ __all__ = ['TRACKERS', 'has_bf16', 'quick_gradients', 'BF16', 'EMA', 'SAM', 'See
            'Plateau', 'Freeze', 'create_tracker']
 
 # %% ../nbs/04b_callbacks.ipynb #fab07cd1
-import csv, json, random, sys, time
+import csv, json, math, platform, random, sys, time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -32,8 +32,10 @@ def has_bf16(
     device,  # torch device or its name
 ) -> bool:
     "Whether the device multiplies bfloat16 in hardware."
-    if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.device(device).type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    kind = torch.device(device).type
+    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return False  # oneDNN also says yes to AVX-512 alone, and emulates
+    return platform.machine() in ("aarch64", "arm64") or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 # %% ../nbs/04b_callbacks.ipynb #725dcb0c
 class _ProductGradient(torch.autograd.Function):
@@ -204,9 +206,11 @@ def best_epoch(
     rows: list,  # of `history.json`
     monitor: str = "accuracy",  # one of `MONITORS`
 ) -> int:
-    "The epoch with the best value of `monitor`, the first of them where several are equal."
-    values = [r[monitor] for r in rows]
-    return values.index(MONITORS[monitor](values))
+    "The epoch with the best value of `monitor`, the first of them where several are equal; NaN is worse than any value."
+    best = MONITORS[monitor]
+    worst = -math.inf if best is max else math.inf
+    values = [worst if math.isnan(r[monitor]) else r[monitor] for r in rows]
+    return values.index(best(values))
 
 # %% ../nbs/04b_callbacks.ipynb #cd6580ca
 _CURVES = (dict(train_loss="training loss", valid_loss="validation loss"),
@@ -294,7 +298,7 @@ def save_weights(
 def load_weights(
     path,  # .safetensors file
 ) -> tuple:
-    "(name -> tensor, what `save_weights` was told about them) of a safetensors file. Nothing in it is run: a pickle under such a name is a `ValueError`, as is every other damage."
+    "(name -> tensor, the `about` that `save_weights` stored) of a safetensors file. Nothing in it is run: a pickle under such a name is a `ValueError`, as is every other damage."
     path = Path(expand_home(path))
     if not path.is_file(): raise FileNotFoundError(f"there is no weights file {str(path)!r}")
     try:
@@ -344,17 +348,17 @@ class EarlyStop(Callback):
     order = 65  # after Checkpoint
 
     def __init__(self,
-        patience: int,  # epochs without improvement that are put up with
+        patience: int,  # epochs without improvement that are tolerated
         monitor: str = "accuracy",  # one of `MONITORS`
     ): self.patience, self.monitor = patience, monitor
 
-    def before_fit(self): self._check(getattr(self.learn, "first_epoch", 0) > 0)
+    def before_fit(self):
+        if getattr(self.learn, "first_epoch", 0) > 0 and self._is_over(): self.learn.first_epoch = self.n_epoch  # a resumed run that had ended has no epoch left
 
-    def after_epoch(self): self._check(True)
+    def after_epoch(self):
+        if self._is_over(): raise CancelFitException()
 
-    def _check(self, begun):
-        rows = self.history.rows
-        if begun and len(rows) - 1 - best_epoch(rows, self.monitor) >= self.patience: raise CancelFitException()
+    def _is_over(self): return len(self.history.rows) - 1 - best_epoch(self.history.rows, self.monitor) >= self.patience
 
 # %% ../nbs/04b_callbacks.ipynb #af5e93a1
 def plateau_lr(

@@ -27,6 +27,7 @@ from fastcore.basics import patch
 from .core import expand_home, import_cv2, require, write_whole
 from .data import FER2013, Duplicates, find_duplicates
 from .votes import FERPLUS_CLASSES, FERPlus
+from .evaluate import check_probs
 from .interpret import open_network
 from .recipe import Recipe
 from .train import cross_validate, fold_tables
@@ -288,6 +289,12 @@ def out_of_fold_probs(
     return probs
 
 # %% ../nbs/07a_clean.ipynb #4c5a7475
+def _doubted(labels, probs, options):
+    "Numbers of the rows whose label cleanlab doubts, ascending."
+    if not len(labels): return np.empty(0, np.int64)
+    doubted = require("cleanlab.filter", "train").find_label_issues(labels, np.asarray(probs, np.float64), n_jobs=1, **options)
+    return np.flatnonzero(doubted) if doubted.dtype == bool else np.sort(doubted)  # return_indices_ranked_by=... gives numbers
+
 def find_label_issues(
     table: FER2013,  # faces and labels
     probs: np.ndarray,  # float [n, classes] of `out_of_fold_probs`
@@ -295,11 +302,11 @@ def find_label_issues(
 ) -> pd.DataFrame:
     """The rows whose label cleanlab doubts, worst first: row, label, suggested (the most probable class) and score.
 
-    The score is 1 less the probability of the given label: 1 where nothing speaks for it. Raises `ValueError` where probabilities and table do not fit."""
-    if np.shape(probs) != (len(table), len(table.classes)): raise ValueError(f"expected probabilities {(len(table), len(table.classes))}, one row a face and one column a class, got {np.shape(probs)}")
-    if not np.allclose(np.sum(probs, 1), 1, atol=1e-3): raise ValueError("the probabilities of every row must sum to 1: these look like logits, or like rows nobody has judged")
-    doubted = require("cleanlab.filter", "train").find_label_issues(table.emotion, np.asarray(probs, np.float64), n_jobs=1, **kwargs)
-    rows = np.flatnonzero(doubted) if doubted.dtype == bool else np.sort(doubted)  # return_indices_ranked_by=... gives numbers
+    The score is 1 less the probability of the given label: 1 where nothing speaks for it. Training rows are judged among themselves, so that
+    no label of a test row decides which of them are doubted. Raises `ValueError` where probabilities and table do not fit."""
+    probs = check_probs(probs, table.emotion, table.classes)
+    train = table.usage == "Training"
+    rows = np.sort(np.concatenate([part[_doubted(table.emotion[part], probs[part], kwargs)] for part in (np.flatnonzero(train), np.flatnonzero(~train))]))
     score = 1 - probs[rows, table.emotion[rows]]
     rows, score = rows[order := np.argsort(-score, kind="stable")], score[order]
     names = np.array(table.classes)

@@ -184,7 +184,7 @@ class SEResBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(_conv_bn(n_in, n_out, 3, stride), nn.ReLU(inplace=True), _conv_bn(n_out, n_out))
         self.se = SEBlock(n_out) if squeeze else nn.Identity()
-        self.shortcut = nn.Identity() if stride == 1 and n_in == n_out else nn.Sequential(nn.AvgPool2d(stride) if stride > 1 else nn.Identity(), _conv_bn(n_in, n_out, 1))
+        self.shortcut = nn.Identity() if stride == 1 and n_in == n_out else nn.Sequential(nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity(), _conv_bn(n_in, n_out, 1))
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x): return self.act(self.shortcut(x) + self.se(self.body(x)))

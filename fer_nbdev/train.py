@@ -27,7 +27,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy, skm_to_fastai
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import norm_types, num_distrib, rank_distrib, set_seed
+from fastai.torch_core import num_distrib, rank_distrib, set_seed
 from fastcore.basics import noop
 from fastcore.foundation import L
 from sklearn.metrics import f1_score, precision_score, recall_score
@@ -60,8 +60,7 @@ def decay_groups(
 ) -> list:
     "Two parameter groups: those with weight decay, and norm layers and biases, which have none."
     parameters = list(model.parameters()) if parameters is None else parameters
-    plain = {id(p) for m in model.modules() if isinstance(m, norm_types) for p in m.parameters()}
-    plain |= {id(p) for n, p in model.named_parameters() if n.endswith("bias")}
+    plain = {id(p) for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith("bias")}  # the scales of every kind of norm layer are vectors
     return [[p for p in parameters if id(p) not in plain], [p for p in parameters if id(p) in plain]]
 
 def depth_groups(
@@ -119,7 +118,7 @@ def _check_window(model, recipe):
     try:
         with torch.no_grad(): model.eval()(torch.zeros(1, 1, side, side))
         model.train()
-    except (AssertionError, RuntimeError): raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set it to 1, or choose a network with a mean over its last maps, such as se_resnet") from None
+    except (AssertionError, RuntimeError): raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set another share, 1 for whole faces, or a network that takes every size, such as se_resnet") from None
 
 # %% ../nbs/05_train.ipynb #a6f9ddef
 def _metrics():
@@ -198,7 +197,7 @@ def prepare_table(
     recipe: Recipe,  # its classes, per_class and seed
     table: FER2013,  # all there is
 ) -> FER2013:
-    "The rows of a table that a recipe trains and tests on; votes give way to the label as far as `soft_share` says."
+    "The rows of a table that a recipe trains and tests on; votes are mixed with the label by `soft_share`."
     if recipe.classes: table = select_classes(table, recipe.classes)
     if table.soft is not None and recipe.soft_share < 1:
         table = replace(table, soft=(recipe.soft_share*table.soft + (1 - recipe.soft_share)*np.eye(len(table.classes))[table.emotion]).astype(np.float32))
@@ -209,7 +208,7 @@ def _check_same(out, recipe, data, teachers):
     before = _read_json(out/"run.json")
     ours = plain_recipe(_from_dict(before["recipe"], out/"run.json"))
     changed = [k for k, v in plain_recipe(recipe).items() if v != ours[k]]
-    if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it as it was begun, without a recipe and with the recipe.yaml that it wrote, or choose another folder")
+    if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it without a recipe, or with the recipe.yaml that it wrote; or choose another folder")
     if before.get("teachers", []) != teachers: raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
     if before["data"]["sha256"] != data["sha256"]: raise ValueError(f"{out} was started on other data ({before['data']['source']}, {before['data']['rows']})")
 

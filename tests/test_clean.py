@@ -344,3 +344,13 @@ def test_match_is_symmetric_and_strangers_do_not_match():
     np.testing.assert_allclose(there.warp[:, 2], -back.warp[:, 2], atol=.1)
     assert min(there.similarity, back.similarity) > .97
     assert max(match_faces(faces[i], faces[i + 1]).similarity for i in range(29)) < .85
+
+
+def test_no_test_label_decides_which_training_labels_are_doubted():
+    table, wrong = plant_label_errors(synthetic_faces(840), .1)
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(7), len(table)) * .5 + .5 * np.eye(7)[synthetic_faces(840).emotion]
+    other = dataclasses.replace(table, emotion=np.where(table.usage == "Training", table.emotion, rng.integers(0, 7, len(table))))
+    doubted, again = (found.row[table.usage[found.row] == "Training"].tolist() for found in (find_label_issues(t, probs) for t in (table, other)))
+    assert set(doubted) & set(wrong) and sorted(doubted) == sorted(again)
+    assert len(find_label_issues(table.split("Training"), probs[table.usage == "Training"])) == len(doubted)

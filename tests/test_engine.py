@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 
+from fer_nbdev.callbacks import best_epoch, has_bf16
 from fer_nbdev.cards import weights_folder
 from fer_nbdev.core import EMOTIONS
 from fer_nbdev.data import FER2013, synthetic_faces
@@ -21,9 +22,10 @@ from fer_nbdev.distill import describe_teachers
 from fer_nbdev.export import export_run
 from fer_nbdev.loaders import fer_dls
 from fer_nbdev.losses import LOSSES
+from fer_nbdev.models import create_model
 from fer_nbdev.interpret import compare_runs, open_network
 from fer_nbdev.recipe import MONITORS, OPTIMIZERS, SCHEDULES, Recipe, list_recipes, read_recipe
-from fer_nbdev.train import TrimMemory, fer_learner, fold_tables, group_lrs, load_run, prepare_table, read_run, train
+from fer_nbdev.train import TrimMemory, decay_groups, fer_learner, fold_tables, group_lrs, load_run, prepare_table, read_run, train
 
 WEIGHTS = weights_folder()
 SHORT = read_recipe("synthetic").set(["epochs=3", "lr=.003", "precision=fp32", "bs=32"])
@@ -324,3 +326,40 @@ def test_a_damaged_run_is_named(text, said, faces, tmp_path):
     for reader in (read_run, load_run, lambda run: export_run(run, tmp_path / "model"), open_network, lambda run: compare_runs([run])):
         with pytest.raises((ValueError, FileNotFoundError), match=f"run.json.*{said}|{said}.*run.json"):
             reader(tmp_path)
+
+
+@pytest.mark.parametrize("mix", ["mixup=.2", "cutmix=.2"])
+def test_a_run_that_ended_early_is_whole_and_has_nothing_left_to_do(mix, faces, tmp_path):
+    recipe = SHORT.set(["epochs=6", "patience=1", "lr=1e-9", mix])
+    train(recipe, faces, tmp_path, progress=False)
+    rows = _rows(tmp_path)
+    assert len(rows) < 6
+    train(recipe, faces, tmp_path, resume=True, progress=False)
+    assert _rows(tmp_path) == rows and read_run(tmp_path)[1]["finished"] is True
+
+
+@pytest.mark.parametrize("monitor", MONITORS)
+def test_a_value_that_is_no_number_is_never_the_best(monitor):
+    rows = [{monitor: v} for v in (float("nan"), .8, .9, float("nan"))]
+    assert best_epoch(rows, monitor) == (2 if MONITORS[monitor] is max else 1)
+
+
+def test_bf16_that_is_emulated_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert not has_bf16("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert has_bf16("cpu")
+
+
+def test_norm_layers_of_every_kind_have_no_weight_decay():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.RMSNorm(4), torch.nn.BatchNorm2d(4))
+    decayed, plain = decay_groups(model)
+    assert [p.ndim for p in decayed] == [4] and len(plain) == 6
+
+
+@pytest.mark.parametrize("side", [34, 36, 42, 43, 46, 47])
+def test_our_network_takes_faces_of_every_size(side):
+    assert create_model("se_resnet", 7).eval()(torch.zeros(2, 1, side, side)).shape == (2, 7)
