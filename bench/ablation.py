@@ -92,9 +92,10 @@ def read_variant(folder):
         **{k: about[k] for k in ("hardware", "commit", "date")}}
 
 
-def collect(runs):
-    "Run name -> figures: of the finished runs in `runs`, and of those that only an earlier result knows."
-    before = earlier("ablation")["results"].get("runs", {})
+def collect(runs, epochs):
+    "Run name -> figures: of the finished runs in `runs`, and of those that only an earlier result knows, if its base was as long."
+    known = earlier("ablation")["results"]
+    before = known.get("runs", {}) if known.get("epochs") == epochs else {}
     found = {name: read_variant(folder_of(runs, name)) or before.get(name) for name in jobs()}
     return {name: figures for name, figures in found.items() if figures}
 
@@ -126,8 +127,8 @@ def answer_of(base, rows, planned):
         return f"base {base['accuracy']:.1%} on PublicTest, with one seed: nothing says yet what a difference means{trained}"
     out = sorted((r for r in rows if abs(r["gain"]) > base["noise"]), key=lambda r: -abs(r["gain"]))
     told = ", ".join(f"{r['variant']} {100 * r['gain']:+.1f}" for r in out) or "none"
-    return (f"base {base['accuracy']:.1%} ± {base['spread']['accuracy']:.1%} over {base['seeds']} seeds on PublicTest; points that a variant differs by, where chance alone "
-            f"does not reach {100 * base['noise']:.1f}: {told}; the other {len(rows) - len(out)} are within chance{trained}")
+    return (f"base {base['accuracy']:.1%} ± {base['spread']['accuracy']:.1%} over {base['seeds']} seeds on PublicTest; 19 of 20 runs that change nothing would lie within "
+            f"{100 * base['noise']:.1f} points of it; outside lie {told}; the other {len(rows) - len(out)} are not told apart from it{trained}")
 
 
 def parse_args():
@@ -164,7 +165,7 @@ def main():
             if {group, variant} & set(args.train) and faces is not None:
                 print(name, file=sys.stderr)
                 train_variant(folder_of(args.runs, name), settings, faces, args.epochs)
-    found = collect(args.runs)
+    found = collect(args.runs, args.epochs)
     base, rows = summarise(found)
     args.out.mkdir(parents=True, exist_ok=True)
     planned = sum(map(len, VARIANTS.values()))
