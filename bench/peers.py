@@ -241,11 +241,11 @@ def check_targets(results):
         "Milliseconds a face at batch 64, by the quickest way."
         speeds = [find(face, "faces_per_second", contestant=name, way=way, batch=64) for way in ways]
         return 1000 / max(speeds) if all(speeds) else None
-    fast, half = one("fer_nbdev fast", "faces"), each("fer", "answer", "bare", "bare, one batch")
-    rows = [("fast, one face, ms: at most fer's own path", fast, one("fer", "answer")),
-            ("fast, one face, ms: at most fer's bare interpreter", fast, one("fer", "bare")),
-            ("accurate, one face, ms", one("fer_nbdev accurate", "faces"), 4),
-            ("fast, batch 64, ms a face: at most half of fer's best", each("fer_nbdev fast", "faces"), half and half / 2),
+    half = each("fer", "answer", "bare", "bare, one batch")
+    rows = [("fast, one face, ms: at most fer's own path", one("fer_nbdev fast", "answer"), one("fer", "answer")),
+            ("fast, one face, ms: at most fer's bare interpreter", one("fer_nbdev fast", "bare"), one("fer", "bare")),
+            ("accurate, one face, ms", one("fer_nbdev accurate", "answer"), 4),
+            ("fast, batch 64, ms a face: at most half of fer's best", each("fer_nbdev fast", "answer"), half and half / 2),
             ("photo with YuNet, wall ms", find(photo, "wall_ms", contestant="fer_nbdev accurate, YuNet"), 15),
             ("photo with Haar, wall ms", find(photo, "wall_ms", contestant="fer_nbdev accurate, Haar"), 45),
             ("first prediction, seconds", find(start, "first_prediction_seconds", contestant="fer_nbdev accurate, Haar"), 1),
@@ -257,17 +257,17 @@ def check_targets(results):
 
 def answer_of(results):
     "What the front page shows: for each library what was measured of it."
-    def tell(name, env, way):
+    def tell(name, env):
         photos = [f"{r['wall_ms']:.0f} ms a photo by {r['contestant'].removeprefix(name + ', ')}" for r in results["photo"]
                   if r["contestant"].startswith(name + ", ")]
         start = [r["first_prediction_seconds"] for r in results["start"] if r["contestant"] == f"{name}, Haar"]
         said = [(find(results["scores"], "accuracy", contestant=name), "{:.1%} on PrivateTest"),
-                (find(results["face"], "call_ms", contestant=name, way=way, batch=1), "{:.2f} ms a face"), *((text, "{}") for text in photos),
+                (find(results["face"], "call_ms", contestant=name, way="answer", batch=1), "{:.2f} ms a face"), *((text, "{}") for text in photos),
                 *((seconds, "{:.1f} s to the first prediction") for seconds in start),
                 (find(results["install"], "megabytes", contestant=env) if "fast" not in name else None, "{:,.0f} MB")]
         said = [form.format(value) for value, form in said if value is not None]
         return f"`{name}` " + ", ".join(said) if said else ""
-    libraries = (("fer_nbdev accurate", OURS, "faces"), ("fer_nbdev fast", OURS, "faces"), (FER, FER, "answer"), (OTHER, OTHER, "answer"))
+    libraries = (("fer_nbdev accurate", OURS), ("fer_nbdev fast", OURS), (FER, FER), (OTHER, OTHER))
     return "; ".join(filter(None, (tell(*library) for library in libraries)))
 
 
