@@ -140,7 +140,7 @@ class SAM(Callback):
 
     @contextmanager
     def _kept_statistics(self):
-        "Batch norm goes on normalising by the batch, and counts it once only."
+        "Batch norm normalises by the batch as before, and updates its running statistics once only."
         norms = [(m, m.momentum) for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         for m, _ in norms: m.momentum = 0.
         try: yield

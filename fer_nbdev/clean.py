@@ -332,7 +332,7 @@ def plant_label_errors(
 
 # %% ../nbs/07a_clean.ipynb #3646249e
 NOT_A_FACE = "not a face"  # what FER+ calls NF
-_FERPLUS_NAMES = np.array(["", *(dict(anger="angry", happiness="happy", sadness="sad", NF=NOT_A_FACE).get(c, c) for c in FERPLUS_CLASSES)])
+_FERPLUS_NAMES = np.array([dict(anger="angry", happiness="happy", sadness="sad", NF=NOT_A_FACE).get(c, c) for c in FERPLUS_CLASSES])
 
 def ferplus_majority(
     ferplus: FERPlus,  # of `read_ferplus`
@@ -340,7 +340,7 @@ def ferplus_majority(
     "What more than half of the voters said of each row, str [n] (an emotion, contempt, unknown, not a face; empty where no half agrees), and its votes, int64 [n]."
     votes = ferplus.votes.astype(np.int64)
     most, total = votes.max(1), votes.sum(1)
-    return np.where(2*most > total, _FERPLUS_NAMES[1:][votes.argmax(1)], ""), most
+    return np.where(2*most > total, _FERPLUS_NAMES[votes.argmax(1)], ""), most
 
 # %% ../nbs/07a_clean.ipynb #b41ec43d
 ACTIONS = ("keep", "drop", "relabel")
@@ -450,12 +450,14 @@ def read_findings(
     if missing: raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(found)}. Save it with commas, as it was")
     found = found[(found != "").any(axis=1)]  # lines that were left empty; the others keep their numbers
     found = found.assign(action=found.action.str.strip().str.lower(), new_label=found.new_label.str.strip(), related=found.related.replace("", "-1"))
-    whole = {c: (~found[c].str.fullmatch(r"-?[0-9]{1,18}"), c + " must be a whole number, not {" + c + "!r}") for c in ("row", "related", "votes")}
-    torn = found.apply(lambda column: column.str.contains("[\r\n]")).any(axis=1)  # by itself "\r" would not be quoted when it is written again
-    for bad, what in ((torn, "a line break inside a cell"), *whole.values(), (~np.isfinite(pd.to_numeric(found.score, errors="coerce").astype(float)), "score must be a number, not {score!r}"),
-                      (~found.kind.isin(FINDING_KINDS), "unknown kind {kind!r}: expected one of " + ", ".join(FINDING_KINDS)),
-                      (~found.action.isin(ACTIONS), "unknown action {action!r}: expected " + ", ".join(ACTIONS)),
-                      ((found.action == "relabel") & (found.new_label == ""), "relabel needs a class in new_label")):
+    problems = {  # what is wrong -> the lines with that
+        "a line break inside a cell": found.apply(lambda column: column.str.contains("[\r\n]")).any(axis=1),  # by itself "\r" would not be quoted when it is written again
+        **{f"{c} must be a whole number, not {{{c}!r}}": ~found[c].str.fullmatch(r"-?[0-9]{1,18}") for c in ("row", "related", "votes")},
+        "score must be a number, not {score!r}": ~np.isfinite(pd.to_numeric(found.score, errors="coerce").astype(float)),
+        "unknown kind {kind!r}: expected one of " + ", ".join(FINDING_KINDS): ~found.kind.isin(FINDING_KINDS),
+        "unknown action {action!r}: expected " + ", ".join(ACTIONS): ~found.action.isin(ACTIONS),
+        "relabel needs a class in new_label": (found.action == "relabel") & (found.new_label == "")}
+    for what, bad in problems.items():
         if bad.any(): raise ValueError(f"{path}, line {bad.idxmax() + 2}: " + what.format(**found.loc[bad.idxmax()]))
     return found.astype(dict(row=int, related=int, votes=int, score=float))
 

@@ -396,7 +396,7 @@ def _score_unseen(table, rows, part, probs):
     s = score(probs[~copy], part.emotion[~copy], part.classes)
     return dict(without_copies=dict(copies=int(copy.sum()), **{k: s[k] for k in ("n", *STATISTICS, "ece")}))
 
-_FACTS = "arch n_params img_size tta calibration best_epoch selected_on train_minutes hardware seed date commit licence recipe data".split()  # of a card
+_FACTS = "arch n_params img_size tta calibration calibrated_on best_epoch selected_on train_minutes hardware seed date commit licence recipe data".split()  # of a card
 
 def _selected_on(card):
     "What selected the epoch; of an ensemble all that selected those of its networks. None where no card says."
@@ -408,9 +408,9 @@ def _selected_on(card):
 def _describe(opened, name, rows, part, n_all):
     "Model, data, date and versions of an evaluation, ready for JSON."
     card, digest = opened.card, hashlib.sha256(part.pixels.tobytes() + part.emotion.tobytes()).hexdigest()
-    recipe, data = (card[k] if isinstance(card.get(k), dict) else {} for k in ("recipe", "data"))
-    calibration = scaling["method"] + (f", fitted on {scaling['fitted_on']}" if scaling["fitted_on"] and scaling["method"] != "none" else "") if (scaling := card.get("calibration")) else None
-    card = card | dict(selected_on=_selected_on(card), recipe=recipe.get("name"), data=data.get("source"), calibration=calibration)
+    recipe, data, scaling = (card[k] if isinstance(card.get(k), dict) else {} for k in ("recipe", "data", "calibration"))
+    card = card | dict(selected_on=_selected_on(card), recipe=recipe.get("name"), data=data.get("source"), calibration=scaling.get("method"),
+                       calibrated_on=None if scaling.get("method") == "none" else scaling.get("fitted_on"))
     loaded = [p for p, m in dict(numpy="numpy", onnxruntime="onnxruntime", torch="torch", fastai="fastai").items() if m in sys.modules]
     return dict(model=name or card.get("name", "model"), split="+".join(dict.fromkeys(part.usage.tolist())), card={k: card[k] for k in _FACTS if card.get(k) is not None} | card.get("files", {}).get("model.onnx", {}),
                 data=dict(source=Path(part.source).name or "table", faces=len(rows), left_out=n_all - len(rows), sha256=digest,

@@ -45,7 +45,7 @@ def _check_logits(out, alone, name):
         what = f"{out.dtype} {list(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
         raise ValueError(f"{name} gives {what} for three faces: expected logits, float [3, classes]")
     if not out.isfinite().all(): raise ValueError(f"{name} gives values that are not finite: its weights are broken")
-    if not torch.allclose(out[:1], alone, rtol=1e-2, atol=1e-3): raise ValueError(f"{name} answers otherwise to a face alone than to the same face among others")
+    if not torch.allclose(out[:1], alone, rtol=1e-2, atol=1e-3): raise ValueError(f"{name} gives a face another answer alone than in a batch")
     if (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(3), atol=1e-3):
         raise ValueError(f"{name} gives probabilities, and the exported graph adds a softmax of its own: leave out the network's")
 
@@ -60,7 +60,7 @@ def _try_out(model, img_size, channels):
         else:
             _check_logits(out, alone, name)
             return n_in, out.shape[1]
-    raise ValueError(f"{name} does not take batches of such faces. It says of {'; of '.join(said)}")
+    raise ValueError(f"{name} does not take batches of such faces. It raised for {'; for '.join(said)}")
 
 # %% ../nbs/08_export.ipynb #0caca655
 class ExportedModel(nn.Module):
@@ -131,7 +131,7 @@ def create_onnx(
         with _silence(): program = torch.onnx.export(whole, (faces,), input_names=["faces"], output_names=["probs"], dynamo=True, verbose=False,
                                                      dynamic_shapes={"faces": {0: torch.export.Dim("n")}})
     except torch.onnx.OnnxExporterError as e:
-        raise ValueError(f"{type(whole.model).__name__} cannot be drawn as a graph. PyTorch says: {str(e.__cause__ or e).strip().partition(chr(10))[0]}") from e
+        raise ValueError(f"{type(whole.model).__name__} cannot be exported: PyTorch reports {str(e.__cause__ or e).strip().partition(chr(10))[0]}") from e
     return _strip(program.model_proto).SerializeToString()  # type: ignore[union-attr]
 
 # %% ../nbs/08_export.ipynb #207b349f
@@ -408,7 +408,7 @@ def export_run(
 ) -> dict:
     """Export the best weights of a run as a model folder and return its card.
 
-    Of `table` the rows count that the recipe asks for. The card's `selected_on` says which faces chose the epoch.
+    Of `table` only the rows that the recipe selects are used. The card's `selected_on` says which faces chose the epoch.
     Raises `FileNotFoundError` where `run` is not a run, and `ValueError` as `export_model` does."""
     model, (recipe, facts) = load_run(run), read_run(run)
     entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid,

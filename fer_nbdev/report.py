@@ -243,7 +243,7 @@ _PARTS["macros"] = """
 
 _PARTS["comparison"] = """
 <p>{{ a.model }} (first) and {{ other }} (second), asked about the same faces. Where both are right, or both wrong, nothing is learnt about which is better. {{ "{:,}".format(c.only_first) }} faces only the first got right, {{ "{:,}".format(c.only_second) }} only the second.
-If neither were better, a split at least so uneven would come about with probability {{ "%.2g"|format(c.p_value) }} (McNemar's exact test).</p>
+If neither were better, a split at least this uneven would occur with probability {{ "%.2g"|format(c.p_value) }} (McNemar's exact test).</p>
 <table class="small"><caption>The same {{ "{:,}".format(c.n) }} faces</caption><thead><tr><th></th><th>second right</th><th>second wrong</th></tr></thead>
 <tr><th>first right</th><td>{{ "{:,}".format(c.both_right) }}</td><td>{{ "{:,}".format(c.only_first) }}</td></tr><tr><th>first wrong</th><td>{{ "{:,}".format(c.only_second) }}</td><td>{{ "{:,}".format(c.both_wrong) }}</td></tr></table>
 <br><table><caption>First, second, difference and its 95% interval</caption><thead><tr><th></th><th>first</th><th>second</th><th>difference</th><th>from</th><th>to</th></tr></thead>
@@ -292,7 +292,7 @@ def _caveat(about):
     "What flatters the scores of this split, if anything does."
     if "Training" in about["split"]: return "Training rows are among these faces; a model that was trained on them may remember them."
     card = about["card"]
-    uses = {"selected the epoch": card.get("selected_on"), "fitted the calibration": str(card.get("calibration")).partition("fitted on ")[2]}
+    uses = {"selected the epoch": card.get("selected_on"), "fitted the calibration": card.get("calibrated_on")}
     told = {use: splits for use, names in uses.items() if (splits := sorted({*_splits(names)} & {*_splits(about["split"])}))}
     return " and ".join(f"{' and '.join(splits)} {use}" for use, splits in told.items()) + ", so these scores are flattered." if told else ""
 
@@ -300,7 +300,7 @@ def _number(x, key, sign=""):
     "A score as people write it: shares in percent, the log loss as it is."
     return f"{100*x:{sign}.1f}%" if "accuracy" in key else f"{x:{sign}.3f}"
 
-def _words(key): return dict(n_params="parameters", img_size="face size in pixels", selected_on="epoch selected on", data="trained on", date="trained", sha256="sha256 of the file").get(key, key.replace("_", " "))
+def _words(key): return dict(n_params="parameters", img_size="face size in pixels", selected_on="epoch selected on", calibrated_on="calibrated on", data="trained on", date="trained", sha256="sha256 of the file").get(key, key.replace("_", " "))
 
 def _fact(x): return f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import EMOTIONS, import_cv2
+from .core import import_cv2
 from .data import FER2013
 from .votes import FERPlus
 from .evaluate import Evaluation, confidence_intervals, evaluate_model, predict_table, score
@@ -242,11 +242,10 @@ def plot_robustness(
 def _votes(evaluation, ferplus):
     "Votes for the classes, int [n, k], and for anything, int [n], of the faces of an evaluation."
     t, rows = evaluation.table, evaluation.rows
-    unknown = [c for c in t.classes if c not in EMOTIONS]
-    if unknown: raise ValueError(f"FER+ has no votes for {unknown[0]!r}: expected classes among {', '.join(EMOTIONS)}")
+    votes = ferplus.emotion_votes(t.classes)
     if len(ferplus) <= rows.max() or (ferplus.usage[rows] != t.usage).any():
         raise ValueError(f"the {len(ferplus):,} rows of FER+ are not those of the table: evaluate the whole table of the challenge csv, in its order")
-    return ferplus.emotion_votes()[rows][:, [EMOTIONS.index(c) for c in t.classes]].astype(int), ferplus.votes[rows].sum(1).astype(int)
+    return votes[rows].astype(int), ferplus.votes[rows].sum(1).astype(int)
 
 def accuracy_by_agreement(
     evaluation: Evaluation,  # of `evaluate_model` or `Robustness.at`, from the whole table of the challenge csv

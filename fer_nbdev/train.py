@@ -284,7 +284,7 @@ def train(
     recipe: Recipe,  # how; None takes that of the run being resumed
     table: FER2013,  # on what
     out,  # folder of the run
-    resume: bool = False,  # go on where the run in `out` stopped; begins it where there is none
+    resume: bool = False,  # resume the run in `out`, or start one if there is none
     device=None,  # torch device; None takes the GPU where there is one
     progress: bool | None = None,  # progress bar; None shows one in a notebook or terminal, and prints lines elsewhere
     track: str | None = None,  # also write to a tracker: tensorboard or wandb

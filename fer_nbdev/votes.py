@@ -26,9 +26,14 @@ class FERPlus:
 
     def __len__(self): return len(self.votes)
 
-    def emotion_votes(self) -> np.ndarray:
-        "uint8 [n, 7]: the votes for the classes of `EMOTIONS`, in that order (contempt, unknown and not-a-face left out)."
-        return self.votes[:, [FERPLUS_CLASSES.index(c) for c in ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")]]
+    def emotion_votes(self,
+        classes: tuple = EMOTIONS,  # names of emotions, in the order of the columns
+    ) -> np.ndarray:
+        "uint8 [n, classes]: the votes for some emotions (contempt, unknown and not-a-face are none). Raises `ValueError` for another class."
+        column = dict(zip(EMOTIONS, ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")))
+        unknown = [c for c in classes if c not in column]
+        if unknown: raise ValueError(f"FER+ has no votes for {unknown[0]!r}: expected classes among {', '.join(EMOTIONS)}")
+        return self.votes[:, [FERPLUS_CLASSES.index(column[c]) for c in classes]]
 
 def read_ferplus(
     source,  # path of fer2013new.csv
@@ -60,10 +65,7 @@ def soft_labels(
     Where nobody voted for one of them (a row that is not a face), the label gets the whole share.
     Raises `ValueError` where the rows of the two cannot be the same, or FER+ does not know a class."""
     _check_rows(table, ferplus)
-    unknown = [c for c in table.classes if c not in EMOTIONS]
-    if unknown: raise ValueError(f"FER+ has no votes for the classes {unknown}: expected names among {EMOTIONS}")
-    votes = ferplus.emotion_votes()[:, [EMOTIONS.index(c) for c in table.classes]]
-    return replace(table, soft=_shares(votes, table.emotion), soft_from="shares of the votes of FER+")
+    return replace(table, soft=_shares(ferplus.emotion_votes(table.classes), table.emotion), soft_from="shares of the votes of FER+")
 
 def _check_rows(table, ferplus):
     "Raise ValueError where the rows of a table and of FER+ cannot be the same."
@@ -78,7 +80,7 @@ def translate_votes(
 ) -> FER2013:
     """The table with `soft`: how likely each label is for a face with such votes. Labels stay as they are.
 
-    A multinomial logistic regression on the square roots of the ten shares tells it, fitted on the Training rows.
+    It is estimated by a multinomial logistic regression on the square roots of the ten shares, fitted on the Training rows.
     Raises `ValueError` where the rows of the two cannot be the same, or where a class has no Training row."""
     _check_rows(table, ferplus)
     training = table.usage == "Training"

@@ -108,7 +108,7 @@ def _broken():
     return model
 
 
-@pytest.mark.parametrize("model, says", [(Leaks(), "otherwise to a face alone"), (Two(), "gives tuple for three faces"), (Pairs(), "does not take batches"),
+@pytest.mark.parametrize("model, says", [(Leaks(), "another answer alone than in a batch"), (Two(), "gives tuple for three faces"), (Pairs(), "does not take batches"),
                                          (nn.Conv2d(1, 3, 3), r"gives torch.float32 \[3, 3, 46, 46\]"), (_broken(), "not finite")], ids=lambda x: type(x).__name__)
 def test_networks_that_cannot_stand_in_a_graph_say_why(model, says):
     with pytest.raises(ValueError, match=says):
@@ -116,7 +116,7 @@ def test_networks_that_cannot_stand_in_a_graph_say_why(model, says):
 
 
 def test_a_network_that_cannot_be_traced_says_so():
-    with pytest.raises(ValueError, match="Chooses cannot be drawn as a graph"):
+    with pytest.raises(ValueError, match="Chooses cannot be exported"):
         create_onnx(Chooses())
 
 
