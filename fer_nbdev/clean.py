@@ -25,6 +25,7 @@ from sklearn.neighbors import NearestNeighbors
 from fastcore.basics import patch
 
 from .core import expand_home, import_cv2, require, write_whole
+from .faces import check_faces
 from .data import FER2013, Duplicates, find_duplicates
 from .votes import FERPLUS_CLASSES, FERPlus
 from .evaluate import check_probs
@@ -236,7 +237,7 @@ def edge_features(
     faces: np.ndarray,  # uint8 [n, 48, 48]
 ) -> np.ndarray:
     "float32 [n, 900]: histograms of the edge directions in every 8x8 pixels of each face, scaled to length 1; zeros without any edge."
-    if faces.dtype != np.uint8 or faces.shape[1:] != (48, 48): raise ValueError(f"expected faces as uint8 [n, 48, 48], got {faces.dtype} {list(faces.shape)}")
+    faces = check_faces(faces, 48)
     hog = import_cv2().HOGDescriptor((48, 48), (16, 16), (8, 8), (8, 8), 9)
     edges = np.stack([hog.compute(np.ascontiguousarray(f)).ravel() for f in faces])
     return edges / np.maximum(np.linalg.norm(edges, axis=1, keepdims=True), 1e-6)

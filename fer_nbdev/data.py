@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import EMOTIONS, expand_home, import_cv2, read_image, write_whole
+from .faces import resize_face
 
 # %% ../nbs/01_data.ipynb #08c12842
 USAGES = ("Training", "PublicTest", "PrivateTest")  # the splits of the 2013 challenge
@@ -382,9 +383,7 @@ def _class_folders(root):
 def _read_face(path):
     "One image file as uint8 [48, 48]: grayscale, resized where it has another size."
     cv2 = import_cv2()
-    gray = cv2.cvtColor(read_image(path), cv2.COLOR_RGB2GRAY)
-    if gray.shape == (_SIDE, _SIDE): return gray
-    return cv2.resize(gray, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA if min(gray.shape) > _SIDE else cv2.INTER_LINEAR)
+    return resize_face(cv2.cvtColor(read_image(path), cv2.COLOR_RGB2GRAY), _SIDE)
 
 def _read_folders(root):
     "pixels, emotion, usage code and classes of the class folders under `root`; images are decoded on all cores."

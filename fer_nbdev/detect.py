@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import Box, expand_home, import_cv2, read_image, write_whole
+from .faces import resize_face
 
 # %% ../nbs/09_detect.ipynb #35e4645b
 _local = threading.local() # what each thread keeps for itself: its cascade, its YuNet
@@ -320,8 +321,7 @@ def _cut(image, box, size, margin):
     "The gray square around a box, uint8 [size, size]"
     cv2 = import_cv2()
     x0, y0, side = _square(box, image.shape[0], image.shape[1], margin)
-    gray = cv2.cvtColor(image[y0:y0 + side, x0:x0 + side], cv2.COLOR_RGB2GRAY)
-    return cv2.resize(gray, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+    return resize_face(cv2.cvtColor(image[y0:y0 + side, x0:x0 + side], cv2.COLOR_RGB2GRAY), size)
 
 def _cut_turned(image, box, size, margin, angle):
     "The same square, turned by `angle` (radians, from the x axis towards the y axis of the image) about its centre"

@@ -23,6 +23,7 @@ import numpy as np
 from sklearn.metrics import auc, average_precision_score, classification_report, confusion_matrix, log_loss, precision_recall_curve, precision_recall_fscore_support, roc_curve
 
 from .core import EMOTIONS, check_self_contained, expand_home, import_cv2, import_onnxruntime, onnxruntime_errors
+from .faces import resize_face
 from .data import FER2013, find_duplicates, split_names
 
 # %% ../nbs/06_evaluate.ipynb #89a4ffa1
@@ -300,9 +301,7 @@ def _open_learner(learn):
 def _resized(faces, size):
     "uint8 [n, h, w] to [n, size, size], as prediction resizes them."
     if faces.shape[1:] == (size, size): return faces
-    if not len(faces): return np.empty((0, size, size), np.uint8)
-    cv2 = import_cv2()
-    return np.stack([cv2.resize(f, (size, size), interpolation=cv2.INTER_AREA if f.shape[0] > size else cv2.INTER_LINEAR) for f in faces])
+    return np.stack([resize_face(f, size) for f in faces]) if len(faces) else np.empty((0, size, size), np.uint8)
 
 def _open_onnx(path, classes):
     "An ONNX file on its own, without a card."

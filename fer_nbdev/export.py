@@ -22,6 +22,7 @@ from torch import nn
 
 from .cards import read_model, write_model
 from .core import EMOTIONS, expand_home, import_onnxruntime, onnxruntime_errors, require
+from .faces import check_faces
 from .data import FER2013, select_classes, synthetic_faces
 from .calibrate import Calibration, calibrate_graph, fit_calibration
 from .callbacks import load_weights
@@ -241,9 +242,8 @@ def quantize_graph(
     proto = onnx.load_from_string(graph)
     if any(n.op_type == "QuantizeLinear" for n in proto.graph.node): raise ValueError("this graph is in int8 already")
     side = proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value
-    faces = np.asarray(faces)
-    if faces.dtype != np.uint8 or faces.ndim != 3 or faces.shape[1:] != (side, side) or not len(faces):
-        raise ValueError(f"faces are {faces.dtype} {list(faces.shape)}: expected uint8 [n, {side}, {side}], at least one")
+    faces = check_faces(faces, side)
+    if not len(faces): raise ValueError("there are no faces to calibrate int8 on: expected at least one")
     from onnxruntime.quantization import CalibrationMethod, QuantType, quant_pre_process, quantize_static
     with TemporaryDirectory() as folder:
         before, after = Path(folder)/"float.onnx", Path(folder)/"int8.onnx"

@@ -31,6 +31,7 @@ from torch import nn
 
 from .callbacks import best_epoch
 from .core import EMOTIONS, expand_home, require
+from .faces import check_faces
 from .data import FER2013
 from .evaluate import check_probs, face_losses, predict_table, report_text, score
 from .loaders import FER2013_STATS, FERLoader, PILFace, TensorFace, row_emotion, row_pixels, table_dl, table_rows
@@ -135,8 +136,8 @@ class Network:
         faces: np.ndarray,  # uint8 [n, h, w]
     ) -> torch.Tensor:
         "The faces as the network takes them: normalised float32 [n, 1, h, w] on its device."
-        faces = np.asarray(faces)
-        if faces.dtype != np.uint8 or faces.ndim != 3 or not len(faces) or faces.shape[1] != faces.shape[2]: raise ValueError(f"expected square faces, uint8 [n, h, w], got {faces.dtype} {faces.shape}")
+        faces = check_faces(faces)
+        if not len(faces): raise ValueError("there are no faces to look into: expected at least one")
         mean, std = self.stats
         return (torch.from_numpy(faces).to(next(self.model.parameters()).device)[:, None].float()/255 - mean) / std
 
@@ -325,8 +326,7 @@ def occlusion_map(
 
     With `scale` in 0..1, all 0 where no square costs anything; without it in -1..1, negative where covering helps. Raises `ValueError` for an
     unknown emotion, faces that are not square, a gray outside 0..255, and a size or stride that leaves pixels uncovered."""
-    faces, predictor = np.asarray(faces), _open_predictor(model)
-    if faces.dtype != np.uint8 or faces.ndim != 3 or faces.shape[1] != faces.shape[2]: raise ValueError(f"expected faces uint8 [n, s, s], got {faces.dtype} {faces.shape}")
+    faces, predictor = check_faces(faces), _open_predictor(model)
     if not 1 <= stride <= size <= faces.shape[1]: raise ValueError(f"size={size}, stride={stride}: expected 1 <= stride <= size <= {faces.shape[1]}")
     if not 0 <= fill <= 255: raise ValueError(f"fill={fill!r}: expected a gray from 0 to 255")
     before, windows = np.asarray(predictor.predict_faces(faces)), _windows(faces.shape[1], size, stride)

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import import_cv2
+from .faces import check_faces
 from .data import FER2013
 from .votes import FERPlus
 from .evaluate import Evaluation, confidence_intervals, evaluate_model, predict_table, score
@@ -100,8 +101,7 @@ def corrupt(
     seed: int = 0,  # of noise, sides and places; the same seed, the same damage
 ) -> np.ndarray:
     "Damaged copies, uint8 [n, s, s]. Raises `ValueError` for an unknown corruption or severity, and for faces of another kind."
-    faces = np.asarray(faces)
-    if faces.dtype != np.uint8 or faces.ndim != 3 or faces.shape[1] != faces.shape[2]: raise ValueError(f"expected faces uint8 [n, s, s], got {faces.dtype} {faces.shape}")
+    faces = check_faces(faces)
     if not isinstance(corruption, Corruption): corruption, = _find_corruptions([corruption]).values()
     n = len(corruption.strengths)
     if not isinstance(severity, (int, np.integer)) or severity not in range(n + 1): raise ValueError(f"severity={severity!r}: expected a whole number from 0 (as it is) to {n}")

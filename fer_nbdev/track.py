@@ -110,8 +110,7 @@ class FaceTracker:
         for name, value in (('max_age', max_age), ('coast', coast)):
             if not 0 <= value < math.inf: raise ValueError(f'{name} must be a number of seconds, 0 or more, got {value!r}')
         if not 0 < max_distance < math.inf: raise ValueError(f'max_distance must be above 0, got {max_distance!r}')
-        check_count('min_hits', min_hits)
-        self.max_age, self.coast, self.min_hits, self.max_distance = max_age, coast, min_hits, max_distance
+        self.max_age, self.coast, self.min_hits, self.max_distance = max_age, coast, check_count('min_hits', min_hits), max_distance
         self._tracks, self._last_id, self.time = [], 0, -math.inf
 
     def update(self,
