@@ -10,10 +10,13 @@
              as `FaceClassifier.predict_faces` gives them; the models take turns, and the median of the rounds counts
   made       recipe, seed, commit, hardware and minutes of the training, from the card
 
-With --cards the milliseconds are written into the models' cards, from which `fer models` shows them.
+With --cards the milliseconds, and an account of the rest, are written into the models' cards, from which `fer models` and
+`model_card` show them; --cards-only does so with what an earlier call measured.
 """
 import argparse
 import json
+import math
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -21,13 +24,14 @@ from pathlib import Path
 import numpy as np
 
 import _report
-from _report import hardware, on_cores, report
+from _report import earlier, on_cores, report
 
 SPLITS = ("PublicTest", "PrivateTest")
 KEPT = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece")
 MADE = ("recipe", "seed", "data", "commit", "hardware", "train_minutes", "date", "best_epoch", "calibration", "versions")
 EXAMPLES = """examples:
   python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards     the measurement, ten minutes
+  python bench/bundled.py --cards-only                                            bundled.json into the cards, measure nothing
   python bench/bundled.py --out /tmp                                              a quick try on drawn faces"""
 
 
@@ -99,12 +103,60 @@ def time_models(names, rounds):
     return {name: {k: round(statistics.median(t[k] for t in of), 4) for k in ("single_ms", "batch_ms")} | {"batch": of[0]["batch"]} for name, of in took.items()}
 
 
-def write_latency(name, latency):
-    "Put the milliseconds and the machine into the card of a bundled model."
+def changed_settings(recipe, known):
+    "key=value for each setting of a recipe that is another in the recipe it started from; inside a group, augment.crop=.83 say, where only some are."
+    for key, value in recipe.items():
+        if key in ("name", "about", "stats") or known[key] == value:
+            continue
+        if isinstance(value, dict) and isinstance(known[key], dict) and known[key].keys() <= value.keys():
+            yield from (f"{key}.{k}={json.dumps(v)}" for k, v in value.items() if k not in known[key] or known[key][k] != v)
+        else:
+            yield f"{key}={json.dumps(value)}"
+
+
+def train_command(card, run):
+    "The command that trains a network again."
+    from fer_nbdev.recipe import Recipe, list_recipes, plain_recipe
+    recipe, soft = card["recipe"], card["data"].get("soft") or ""
+    base = recipe["name"] if recipe["name"] in list_recipes() else "fer2013"
+    votes = " --votes fer2013new.csv" * bool(soft) + " --translate" * ("labels" in soft)
+    settings = "".join(f" --set {shlex.quote(s)}" for s in changed_settings(recipe, plain_recipe(Recipe.read(base))))
+    return f"fer train --data fer2013.csv{votes} --recipe {base}{settings} --out {run}"
+
+
+def retrain_commands(name, card):
+    "All commands that make a bundled model again, of an ensemble those of its parts first."
+    def commands(card, run, out):
+        return [train_command(card, run)] + [f"fer export {run}/model {out} --data fer2013.csv --int8"] * (card.get("weights") == "int8")
+    if not card.get("members"):
+        return commands(card, "run", name)
+    lines = [line for i, part in enumerate(card["members"], 1) for line in commands(part, f"run-{i}", f"part-{i}")]
+    others = "".join(f" --with part-{i}" for i in range(2, len(card["members"]) + 1))
+    return [*lines, f"fer export part-1 {name}{others} --data fer2013.csv"]
+
+
+def account(m):
+    "Of the figures of a model those that its card does not hold yet."
+    def few(scores):
+        return {k: scores[k] if isinstance(scores[k], int) else round(scores[k], 5) for k in ("copies", "n", "accuracy", "macro_f1", "log_loss", "ece", "label_agrees") if k in scores}
+    splits = {split: {"uncalibrated": few(of["uncalibrated"]), "ten_views": few(of["ten"]), "without_copies": few(of["one"]["without_copies"]),
+                      "without_near_copies": few(of["without_near_copies"])} for split, of in m["scores"].items()}
+    return {"flops": m["cost"]["flops"], "splits": splits, "ferplus": m["ferplus"] and few(m["ferplus"])}
+
+
+def write_card(name, record):
+    "Put what was measured of a bundled model into its card. Raises `ValueError` where the card tells of other scores: it is another network's then."
     from fer_nbdev.cards import weights_folder
     from fer_nbdev.core import write_whole
-    path = weights_folder() / name / "card.json"
-    card = json.loads(path.read_text(encoding="utf-8")) | {"latency": latency | {"threads": 1, "hardware": hardware()["cpu"]}}
+    path, m = weights_folder() / name / "card.json", record["results"][name]
+    card = json.loads(path.read_text(encoding="utf-8"))
+    for split, of in m["scores"].items():
+        for key in ("accuracy", "log_loss"):
+            if not math.isclose(card["scores"][split][key], of["one"][key], abs_tol=.001):
+                raise ValueError(f"the card of {name} has the {key} {card['scores'][split][key]} on {split}, bundled.json {of['one'][key]}: measure it again")
+    latency = {k: m["cost"][k] for k in ("single_ms", "batch_ms", "batch")} | {"threads": 1, "hardware": record["hardware"]["cpu"]}
+    about = {"sha256": card["files"]["model.onnx"]["sha256"], "date": record["date"][:10], "commit": record["commit"]}
+    card |= {"latency": latency, "accounting": about | account(m) | {"retrain": retrain_commands(name, card)}}
     with write_whole(path) as part:
         part.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
@@ -125,7 +177,8 @@ def parse_args():
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders (default: drawn faces, which prove nothing)")
     parser.add_argument("--ferplus", type=Path, metavar="CSV", help="fer2013new.csv, the votes of FER+ for the same rows")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each model is timed (default: 5)")
-    parser.add_argument("--cards", action="store_true", help="write the milliseconds into the models' cards")
+    parser.add_argument("--cards", action="store_true", help="write the milliseconds and the account into the models' cards")
+    parser.add_argument("--cards-only", action="store_true", help="do that with bundled.json as it is, and measure nothing")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where bundled.json is written (default: bench/results)")
     args = parser.parse_args()
     for path in (args.data, args.ferplus):
@@ -133,17 +186,17 @@ def parse_args():
             parser.error(f"there is no {path}")
     if args.ferplus and not args.data:
         parser.error("--ferplus gives votes for the rows of FER2013: it needs --data")
+    if args.cards and not args.data:
+        parser.error("--cards writes down what the models score on FER2013: it needs --data")
     return args
 
 
-def main():
-    args = parse_args()
+def measure(args):
+    "Score and time all bundled models, and report it."
     from fer_nbdev.cards import bundled_models
     from fer_nbdev.clean import find_near_duplicates
     from fer_nbdev.data import read_fer2013, synthetic_faces
     from fer_nbdev.votes import read_ferplus
-    if args.out:
-        _report.RESULTS = args.out
     cards = bundled_models()
     took = time_models(cards, args.rounds)
     table = read_fer2013(args.data) if args.data else synthetic_faces(700)
@@ -155,11 +208,20 @@ def main():
         models[name] = {"scores": score_views(name, table, near), "ferplus": score_by_voters(name, table, ferplus) if ferplus else None,
                         "cost": {"n_params": card["n_params"], "flops": count_operations(card), "bytes": card["files"]["model.onnx"]["bytes"], **took[name]},
                         "made": made_of(card) | {"members": [{"name": m["name"], **made_of(m)} for m in card.get("members", ())]}}
-        if args.cards:
-            write_latency(name, took[name])
     report("bundled", models, question="What do the bundled models score, and what do they cost?", answer=answer_of(models),
            data={"source": args.data.name if args.data else "drawn faces", "faces": len(table)}, rounds=args.rounds,
            command="python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards" if args.data else "python bench/bundled.py")
+
+
+def main():
+    args = parse_args()
+    if args.out:
+        _report.RESULTS = args.out
+    if not args.cards_only:
+        measure(args)
+    record = earlier("bundled")
+    for name in record["results"] if args.cards or args.cards_only else ():
+        write_card(name, record)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,20 @@ Runs live in `--runs`, one folder each, as `fer train` makes them, and take hour
 those that are not finished, all or the ones named; without it the script only collects what the runs wrote. A run that an
 earlier call collected and whose folder is not under `--runs` stays in the result as it is, so that the table can grow on one
 machine after another; each run names its own hardware, commit and date.
+
+One system claims how long a prediction takes. `--latency` exports its network untrained, since no time depends on the weights,
+and times it on one core; without it the figure of an earlier call stays.
 """
 import argparse
+import datetime
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import _report
 import numpy as np
-from _report import earlier, report
+from _report import earlier, hardware, on_cores, report
 
 # network: (system, what it claims, the claimed accuracy to be reached, where that accuracy is measured)
 CLAIMS = dict(
@@ -31,6 +36,7 @@ CLAIMS = dict(
 SYSTEM = dict(log_loss=.9585, macro_f1=.6522, macro_precision=.6779, macro_recall=.6387)
 FURTHER = dict(emotion_detector=dict(log_loss=.9949), realtime_net=SYSTEM, realtime_senet=SYSTEM, class_balanced=dict(
     log_loss=1.1089, **{f"f1_{c}": f for c, f in dict(angry=.59, disgust=.60, fear=.43, happy=.87, sad=.53, surprise=.78, neutral=.64).items()}))
+LATENCY = dict(emotion_detector=4.2)  # milliseconds of one prediction on a CPU
 HISTORY = dict(log_loss="valid_loss", macro_f1="f1_score", macro_precision="precision_score", macro_recall="recall_score")  # the same in a history
 OURS = dict(emotion_detector=["epochs=42"], realtime_net=["epochs=24"], realtime_senet=["epochs=30"], sequential=["epochs=42", "lr=.02"],
             four_class=["epochs=30", "classes=[angry, happy, neutral, sad]"], class_balanced=["epochs=24"])
@@ -41,6 +47,7 @@ KINDS = ("own", "ours")
 RUNS = [f"{kind}/{name}" for name in CLAIMS for kind in KINDS] + [f"own/{name}~{setting}" for name, settings in TRIED.items() for setting in settings]
 EXAMPLES = """examples:
   python bench/recipes.py --runs runs                                             collect what is there
+  python bench/recipes.py --runs runs --latency                                   time one prediction as well, half a minute
   python bench/recipes.py --runs runs --data fer2013.csv --train                  train what is missing; hours on a CPU
   python bench/recipes.py --runs runs --data fer2013.csv --train own/sequential   one of them"""
 
@@ -93,12 +100,34 @@ def collect(runs):
     return {name: run for name, run in found.items() if run}
 
 
+def time_network(name):
+    "Milliseconds a face of an untrained network on one core, one by one: the median of three rounds."
+    from fer_nbdev import Predictor
+    from fer_nbdev.evaluate import measure_latency
+    from fer_nbdev.export import export_model
+    from fer_nbdev.models import create_model
+    recipe = recipe_of("own", name)
+    with tempfile.TemporaryDirectory() as folder, on_cores(1):
+        export_model(create_model(recipe.arch, **recipe.arch_args), folder)
+        predict_faces = Predictor(folder, threads=1, detector="none").predict_faces
+        ms = sorted(measure_latency(predict_faces, n=200)["single_ms"] for _ in range(3))
+    return {"claim": LATENCY[name], "own": round(ms[1], 3), "threads": 1, "weights": "untrained", "hardware": hardware()["cpu"], "date": datetime.date.today().isoformat()}
+
+
+def latencies(measure):
+    "{network: milliseconds of one prediction}, measured now or by an earlier call."
+    if measure:
+        return {name: time_network(name) for name in LATENCY}
+    known = {r["network"]: r["further"].get("latency_ms") for r in earlier("recipes")["results"].get("rows", ())}
+    return {name: known[name] for name in LATENCY if known.get(name)}
+
+
 def reached(run, where):
     "The accuracy that a system's claim speaks of."
     return run["scores"]["PrivateTest"]["accuracy"] if where == "PrivateTest" else run[where]["accuracy"]
 
 
-def further(name, run, where):
+def further(name, run, where, latency=None):
     "What a system claims beside its accuracy, and what its reproduction reaches."
     def here(key):
         if key.startswith("f1_"):
@@ -107,17 +136,18 @@ def further(name, run, where):
             tests = run["scores"].values()
             return sum(s["n"] * s["log_loss"] for s in tests) / sum(s["n"] for s in tests)
         return run["scores"]["PrivateTest"][key] if where == "PrivateTest" else run[where][HISTORY[key]]
-    return {key: {"claim": claim, "own": run and round(here(key), 4)} for key, claim in FURTHER.get(name, {}).items()}
+    told = {key: {"claim": claim, "own": run and round(here(key), 4)} for key, claim in FURTHER.get(name, {}).items()}
+    return told | ({"latency_ms": latency} if latency else {})
 
 
-def row(name, found):
+def row(name, found, took):
     "One line of the table: claim, reproduction, and the same network under our recipe."
     system, claim, target, where = CLAIMS[name]
     own, ours = (found.get(f"{kind}/{name}") for kind in KINDS)
     own_accuracy = own and round(reached(own, where), 4)
     tried = {setting: found.get(f"own/{name}~{setting}") for setting in TRIED.get(name, ())}
     return {"network": name, "system": system, "claim": claim, "target": target, "measured_on": where, "own_accuracy": own_accuracy,
-            "misses_by": own and round(max(0., target - own_accuracy), 4), "shorter": SHORTER.get(name, []), "own": own, "ours": ours, "further": further(name, own, where),
+            "misses_by": own and round(max(0., target - own_accuracy), 4), "shorter": SHORTER.get(name, []), "own": own, "ours": ours, "further": further(name, own, where, took.get(name)),
             "tried": {setting: {**run, "reached": round(reached(run, where), 4)} for setting, run in tried.items() if run},
             "ours_accuracy": ours and round(ours["scores"]["PrivateTest"]["accuracy"], 4)}
 
@@ -142,6 +172,7 @@ def parse_args():
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where the runs are: own/NAME and ours/NAME")
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; for --train")
     parser.add_argument("--train", nargs="*", metavar="KIND/NAME", help="train these runs first (default: all that the table lacks)")
+    parser.add_argument("--latency", action="store_true", help="time the networks of which a time is claimed")
     parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where recipes.json is written (default: bench/results)")
     args = parser.parse_args()
     if unknown := sorted(set(args.train or ()) - set(RUNS)):
@@ -151,10 +182,10 @@ def parse_args():
     return args
 
 
-def write(args):
+def write(args, took):
     "Collect all runs there are, and write the table."
     found = collect(args.runs)
-    rows = [row(name, found) for name in CLAIMS]
+    rows = [row(name, found, took) for name in CLAIMS]
     report("recipes", {"rows": rows}, question="Do the networks of five older systems reach their claims here, and what does our recipe make of them?",
            answer=answer(rows), command="python bench/recipes.py --runs runs --data fer2013.csv --train")
 
@@ -162,14 +193,15 @@ def write(args):
 def main():
     args = parse_args()
     _report.RESULTS = args.out
+    took = latencies(args.latency)
     if args.train is not None:
         from fer_nbdev.data import read_fer2013
         table = read_fer2013(args.data)
         for run in args.train or [r for r in RUNS if r not in collect(args.runs)]:
             print(run, file=sys.stderr)
             train_run(args.runs / run, *run.split("/"), table)
-            write(args)
-    write(args)
+            write(args, took)
+    write(args, took)
 
 
 if __name__ == "__main__":
