@@ -471,6 +471,7 @@ def _name_models(models):
     if len(named) < len(models): raise ValueError(f'two models have the same name: {", ".join(map(str, models))}; give a dict of names and models')
     return named
 
+# %% ../nbs/12_serve.ipynb #f556a077
 def _life(service, videos):
     @asynccontextmanager
     async def life(app):
