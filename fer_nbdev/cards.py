@@ -31,14 +31,14 @@ def write_model(
 def _check_card(card, where):
     "Raise a `ValueError` unless the card has what prediction needs"
     if not isinstance(card, dict): raise ValueError(f'{where} must hold a JSON object, got {type(card).__name__}')
+    if card.get('format', 1) != 1: # before anything else, since another format may have other keys
+        raise ValueError(f'{where} has the format {card["format"]!r}, and this version reads format 1: update fer_nbdev')
     missing = [key for key in ('format', 'name', 'classes', 'img_size', 'files') if key not in card]
     if missing: raise ValueError(f'{where} has no {", ".join(map(repr, missing))}: export the model again')
-    if card['format'] != 1:
-        raise ValueError(f'{where} has the format {card["format"]!r}, and this version reads format 1: update fer_nbdev')
     classes, size, files = card['classes'], card['img_size'], card['files']
     if not (isinstance(classes, list) and len(classes) > 1 and all(isinstance(c, str) for c in classes) and len(set(classes)) == len(classes)):
         raise ValueError(f'{where}: classes must be a list of two or more different names, got {classes!r}')
-    if type(size) is not int or size < 1: raise ValueError(f'{where}: img_size must be a whole number of pixels, got {size!r}')
+    if type(size) is not int or not 1 <= size <= 4096: raise ValueError(f'{where}: img_size must be a whole number of pixels from 1 to 4096, got {size!r}')
     if not (isinstance(files, dict) and 'model.onnx' in files and all(isinstance(f, dict) and 'sha256' in f for f in files.values())):
         raise ValueError(f'{where}: files must give the sha256 of model.onnx, got {files!r}')
 

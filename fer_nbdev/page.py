@@ -6,22 +6,23 @@
 __all__ = ['draw_answer', 'mount_page']
 
 # %% ../nbs/12a_page.ipynb #16d49c20
-import asyncio, base64, csv, io, os, tempfile
-from contextlib import asynccontextmanager
+import asyncio, base64, csv, io, os, re, tempfile
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 import numpy as np
 
 from .core import Box, Prediction, import_cv2, require, sample_portrait
 from .inference import _COLUMNS, _csv_rows
 from .serve import _knows
-from .service import LiveFaces, _read_upload, predict_images
+from .service import LiveFaces, _read_upload, _refusal, predict_images
 from .video import annotate_frame
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
 
 # %% ../nbs/12a_page.ipynb #d67c4bfd
 def _data_url(kind, data): return f'data:{kind};base64,{base64.b64encode(data).decode()}'
@@ -48,7 +49,7 @@ def _bars(pred, number):
                    for name, p in pred.probs.items())
     return f'<table class="fer-face"><caption>{number}{escape(pred.emotion)} {pred.confidence:.0%}</caption>{rows}</table>'
 
-def _message(text): return f'<p class="fer-message" role="status">{escape(text)}</p>'
+def _message(text): return f'<style>{_CSS}</style><p class="fer-message" role="status">{escape(text)}</p>'
 
 def draw_answer(
     image: np.ndarray, # RGB, uint8 [h, w, 3]
@@ -72,25 +73,83 @@ _CSS = """.fer-answer img{max-width:100%;max-height:70vh;display:block;margin:au
 .fer-bar{height:.8em;min-width:1px;background:#8795a8;border-radius:2px}.fer-best{background:#ffb000}.fer-links a{margin-right:16px;text-decoration:underline}
 .fer-message{padding:12px;border-left:4px solid #ffb000}"""
 
+# %% ../nbs/12a_page.ipynb #1be86ba2
+_KEPT = (15, 60) # every so many seconds uploads are deleted that are older than so many
+
+class _Folder:
+    "What visitors send, and the files that came with the page, which stay"
+    def __init__(self, folder, examples): self.folder, self.kept = Path(folder).resolve(), {Path(e).resolve() for e in examples}
+
+    def find(self, path):
+        "The file that a path from a client means, there or no longer; None for those that nobody sent"
+        with suppress(OSError, ValueError): # no path
+            file = Path(path or '').resolve()
+            if (file.is_relative_to(self.folder) or file in self.kept) and not file.is_dir(): return file
+
+    def read(self, path, once=False):
+        "The bytes of an upload, None where there is none, or no longer; `once`: it is deleted then"
+        with suppress(OSError):
+            if file := self.find(path):
+                data = file.read_bytes()
+                if once and file not in self.kept: file.unlink(missing_ok=True)
+                return data
+
+# %% ../nbs/12a_page.ipynb #aeecae57
+class _Uploads(_Folder):
+    "The same, with a limit; Gradio deletes the uploads that it knows of, and this what is left: of one that was broken off nobody else knows"
+    size, _counted = 0, 0. # bytes, and when they were counted
+
+    def sweep(self):
+        "Delete what is too old, empty folders too -> the bytes that are left; a file takes a page of memory at least"
+        size, before = 0, time() - _KEPT[1] - 2 * _KEPT[0] # Gradio is first
+        for folder, _, names in os.walk(self.folder, topdown=False):
+            for file in (Path(folder, name) for name in names):
+                with suppress(OSError): # it is gone already
+                    about = file.lstat()
+                    if about.st_ctime < before and file not in self.kept: file.unlink()
+                    else: size += max(4096, about.st_size)
+            with suppress(OSError): # it is not empty
+                if os.stat(folder).st_mtime < before and Path(folder) != self.folder: os.rmdir(folder)
+        return size
+
+    async def keep_swept(self):
+        while True:
+            await asyncio.sleep(_KEPT[0])
+            await asyncio.to_thread(self.sweep)
+
+    async def make_room(self, size, most):
+        "Refuse so many bytes where they do not fit beside what is there, which is counted once a second at most"
+        if monotonic() > self._counted + 1: self.size, self._counted = await asyncio.to_thread(self.sweep), monotonic()
+        if self.size + size > most: raise _refusal(429, 'too many photos are held here: they are deleted after a minute', _KEPT[0])
+        self.size += size
+
+def _checked(gr, move, uploads):
+    "Takes the place of a block's `async_move_resource_to_block_cache`, which would read any file and fetch any address that a client names"
+    async def moved(path):
+        file = uploads.find(path)
+        if path is None or file and file.is_file(): return await move(path)
+        if file: return str(file) # it is gone, and must not be deleted again
+        raise gr.Error('only what was uploaded here is read, and nothing is downloaded', print_exception=False)
+    return moved
+
 # %% ../nbs/12a_page.ipynb #2b9ae887
-def _raw(keep):
-    "Takes the place of a Gradio component's `preprocess`: the bytes of the file and its name, in place of decoded pixels"
+def _raw(uploads, once=False):
+    "Takes the place of a Gradio component's `preprocess`: the bytes of the file and its name, in place of decoded pixels; `once`: it is deleted then"
     def preprocess(payload):
         if payload is None: return None
         if payload.url and payload.url.startswith('data:'): return base64.b64decode(payload.url.partition(',')[2]), None
-        data = Path(payload.path).read_bytes()
-        if not keep: Path(payload.path).unlink(missing_ok=True)
-        return data, payload.orig_name
+        return uploads.read(payload.path, once), payload.orig_name
     return preprocess
 
 async def _answer_photo(service, photo, model, detector, tta):
     "An upload -> HTML"
     if photo is None: return ''
     data, name = photo
+    if data is None: return _message('The photo was deleted after a minute: choose it again.')
     try: answer = await predict_images(service, [(data, name, None)], model, detector, tta)
-    except HTTPException as e: return f'<style>{_CSS}</style>' + _message(f'{e.detail}. Please try again in a moment.')
+    except HTTPException as e: return _message(f'{e.detail}. Please try again in a moment.')
     found, = answer.images
-    if found.error: return f'<style>{_CSS}</style>' + _message(found.error.message[:1].upper() + found.error.message[1:] + '.')
+    if found.error: return _message(found.error.message[:1].upper() + found.error.message[1:] + '.')
     preds = [Prediction(f.emotion, f.confidence, f.probs, Box(*f.box)) for f in found.faces]
     return await _in_thread(service, lambda: draw_answer(_read_upload(data, service.limits), preds, name, found.faces_left_out))
 
@@ -100,23 +159,21 @@ async def _in_thread(service, work):
 # %% ../nbs/12a_page.ipynb #a7d35fa5
 async def _answer_frame(service, frame, live, model, detector):
     "A frame of the webcam, and what is known of this visitor -> HTML, and what is known now"
-    if frame is None: return '', live
+    if frame is None or frame[0] is None: return '', live
     known = live if live is not None and live[0] == (model, detector) else ((model, detector), LiveFaces(service.predictors[model, detector, False]))
     def work():
         image = _read_upload(frame[0], service.limits)
         return draw_answer(image, known[1](image)[:service.limits.faces], links=False)
     async def asked(): return await _in_thread(service, work)
     try: return await service._within(asked(), monotonic() + service.limits.seconds), known
-    except (ValueError, HTTPException) as e: return f'<style>{_CSS}</style>' + _message(f'{getattr(e, "detail", e)}.'), known
+    except (ValueError, HTTPException) as e: return _message(f'{getattr(e, "detail", e)}.'), known
 
 # %% ../nbs/12a_page.ipynb #cf873cad
-_KEPT = (15, 60) # every so many seconds uploads are deleted that are older than so many
-
 def _theme(gr):
     "Gradio's plain theme with the fonts of the system"
     return gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
 
-def _make_page(gr, service, title, examples, streams):
+def _make_page(gr, service, title, examples, uploads):
     "The components, and what happens to them"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=_KEPT) as page:
         gr.Markdown(f'# {title}\nWhat faces show, as a network sees it. What you send is deleted after a minute.')
@@ -132,30 +189,47 @@ def _make_page(gr, service, title, examples, streams):
         with gr.Tab('Webcam'), gr.Row():
             with gr.Column(): camera = gr.Image(sources=['webcam'], streaming=True, type='filepath', image_mode=None, label='Webcam', elem_id='camera', buttons=[])
             with gr.Column(): shown, live = gr.HTML(elem_id='live'), gr.State(None, time_to_live=300)
-        photo.preprocess, camera.preprocess = _raw(keep=True), _raw(keep=False)
+        photo.preprocess, camera.preprocess = _raw(uploads), _raw(uploads, once=True)
         async def on_photo(*given): return await _answer_photo(service, *given)
         async def on_frame(*given): return await _answer_frame(service, *given)
         tries.click(lambda i: str(examples[i]), tries, photo, show_progress='hidden', api_visibility='private')
         gr.on([photo.change, model.change, detector.change, tta.change], on_photo, [photo, model, detector, tta], answer, show_progress='minimal', api_visibility='private',
               concurrency_limit=service.limits.queue, trigger_mode='always_last')
-        camera.stream(on_frame, [camera, live, model, detector], [shown, live], stream_every=.3, time_limit=600, concurrency_limit=streams, show_progress='hidden', api_visibility='private')
+        camera.stream(on_frame, [camera, live, model, detector], [shown, live], stream_every=.3, time_limit=600, concurrency_limit=service.limits.streams, show_progress='hidden', api_visibility='private')
+    uploads.kept.update(file for file in uploads.folder.rglob('*') if file.is_file()) # copies of the examples
+    photo.keep_in_cache.update(map(str, uploads.kept)) # or Gradio would delete them a minute after somebody tried one
+    for block in page.blocks.values(): block.async_move_resource_to_block_cache = _checked(gr, block.async_move_resource_to_block_cache, uploads)
     return page.queue(max_size=service.limits.queue)
 
 # %% ../nbs/12a_page.ipynb #192764ce
 _POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
            "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; frame-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'")
 
+_FILE = re.compile('/(?:file[=/]|proxy=)(.*)', re.S) # Gradio's routes to files, which take addresses in the network too
+
 class _Sealed:
-    "An ASGI application around another one, whose pages may only ask the server that they come from"
-    def __init__(self, app): self.app = app
+    "An ASGI application around another one, whose pages may only ask the server that they come from, and which takes no more than the API does"
+    def __init__(self, app, service, uploads): self.app, self.service, self.uploads = app, service, uploads
 
     async def __call__(self, scope, receive, send):
         async def with_policy(message):
             if message['type'] == 'http.response.start':
                 message['headers'] = [*message.get('headers', ()), (b'content-security-policy', _POLICY.encode()), (b'x-content-type-options', b'nosniff'), (b'referrer-policy', b'no-referrer')]
             await send(message)
-        await self.app(scope, receive, with_policy)
+        asked = scope['type'] == 'http' and _FILE.search(scope['path'])
+        if asked and not self.uploads.find(asked[1]): return await JSONResponse({'detail': 'there is no such upload'}, 404)(scope, receive, with_policy)
+        begun = scope['type'] != 'http' or scope['method'] in ('GET', 'HEAD')
+        async with AsyncExitStack() as held:
+            async def whole(): # when it is first asked for; what this raises, FastAPI answers
+                nonlocal begun
+                if begun: return await receive()
+                begun = True
+                body = await held.enter_async_context(self.service.intake.body(Request(scope, receive)))
+                await self.uploads.make_room(len(body), self.service.limits.held_bytes)
+                return {'type': 'http.request', 'body': body}
+            await self.app(scope, whole, with_policy)
 
+# %% ../nbs/12a_page.ipynb #1bd1a7f6
 def mount_page(
     app: FastAPI, # what `create_app` made
     title: str = "Facial emotions", # above the page
@@ -163,19 +237,26 @@ def mount_page(
 ) -> FastAPI: # the same, with the page at "/"
     """Put the page on a web service. Where the service has tokens, the page asks for one as the password, with any name.
 
-    Uploads are held in a folder of their own, in memory where the system has /dev/shm, and removed after a minute."""
+    Uploads are held in a folder of their own, in memory where the system has /dev/shm, and removed after a minute.
+    A server that is killed, and not stopped, leaves this folder behind."""
     folder = tempfile.TemporaryDirectory(prefix='fer_nbdev-page-', dir='/dev/shm' if os.access('/dev/shm', os.W_OK) else None, ignore_cleanup_errors=True)
-    os.environ.update(GRADIO_ANALYTICS_ENABLED='False', GRADIO_TEMP_DIR=folder.name)
-    gr, service, tokens, app.state.uploads = require('gradio', 'serve'), app.state.service, app.state.tokens, Path(folder.name)
-    page = _make_page(gr, service, title, [sample_portrait()] if examples is None else examples, service.limits.streams)
+    examples = [sample_portrait()] if examples is None else examples
+    uploads = _Uploads(folder.name, examples)
+    os.environ.update(GRADIO_ANALYTICS_ENABLED='False', GRADIO_TEMP_DIR=str(uploads.folder))
+    gr, service, tokens, app.state.uploads = require('gradio', 'serve'), app.state.service, app.state.tokens, uploads.folder
+    page = _make_page(gr, service, title, examples, uploads)
     gr.mount_gradio_app(app, page, '/', theme=_theme(gr), max_file_size=service.limits.body_bytes, footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False,
                         auth=(lambda name, password: _knows(tokens, password)) if tokens else None, auth_message='Any name, and a token of this server as the password.' if tokens else None)
-    app.router.default = _Sealed(app.router.routes.pop().app) # type: ignore[attr-defined] # after all routes of the API, so that a wrong method there stays a 405
+    app.router.default = _Sealed(app.router.routes.pop().app, service, uploads) # type: ignore[attr-defined] # after all routes of the API, so that a wrong method there stays a 405
     inner = app.router.lifespan_context
     @asynccontextmanager
     async def life(app):
+        sweeping = asyncio.ensure_future(uploads.keep_swept())
         try:
             async with inner(app) as state: yield state
-        finally: folder.cleanup()
+        finally:
+            sweeping.cancel()
+            await asyncio.gather(sweeping, return_exceptions=True)
+            folder.cleanup()
     app.router.lifespan_context = life
     return app

@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from .cards import bundled_models
-from .core import import_cv2, require
+from .core import expand_home, import_cv2, require
 from .detect import find_yunet
 from .service import _BOX, Face, ImageError, Limits, LiveFaces, PredictAnswer, Service, _face, _read_upload, _refusal, _refusals, predict_images
 from .video import VideoReader, process_video
 
 for _name in ('fastapi', 'python_multipart', 'prometheus_client', 'uvicorn'): require(_name, 'serve') # says what to install, in place of a traceback
-from fastapi import Depends, FastAPI, HTTPException, Path as PathParameter, Query, Request, Response, Security, WebSocket
+from fastapi import Depends, FastAPI, HTTPException, Path as PathParameter, Query, Request, Response, Security, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse
@@ -31,6 +31,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.routing import Match
+from starlette.websockets import WebSocketState
 
 # %% ../nbs/12_serve.ipynb #7527f67d
 class _Strict(BaseModel): model_config = ConfigDict(strict=True, extra='forbid')
@@ -164,6 +165,11 @@ async def _stream(ws, service, predictor, every):
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         code = tasks[0].result() if tasks[0].done() and not tasks[0].exception() else 1001
+        problem = tasks[1].exception() if tasks[1].done() and not tasks[1].cancelled() else None
+        left = isinstance(problem, (WebSocketDisconnect, asyncio.TimeoutError)) or ws.client_state == WebSocketState.DISCONNECTED # or does not read
+        if problem and not left and not service.closed:
+            logging.getLogger(__name__).error('a live stream failed', exc_info=problem)
+            code = 1011
     finally:
         for task in tasks: task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -460,14 +466,20 @@ def _name_models(models):
     if models is None: models = sorted(bundled_models(), key=lambda name: name != 'accurate')
     if isinstance(models, dict): return models
     models = [models] if isinstance(models, (str, os.PathLike)) else list(models)
-    named = {Path(m).name if not isinstance(m, (list, tuple)) else '+'.join(Path(x).name for x in m): m for m in models}
+    def name(model): return Path(os.path.abspath(expand_home(model))).name # "." is the folder that one is in
+    named = {name(m) if not isinstance(m, (list, tuple)) else '+'.join(map(name, m)): m for m in models}
     if len(named) < len(models): raise ValueError(f'two models have the same name: {", ".join(map(str, models))}; give a dict of names and models')
     return named
 
+# %% ../nbs/12_serve.ipynb #f556a077
 def _life(service, videos):
     @asynccontextmanager
     async def life(app):
+        if service.closed: raise RuntimeError('this application has been stopped, and its threads with it: make a new one with create_app')
+        def opened(task):
+            if not task.cancelled() and task.exception(): logging.getLogger(__name__).error('the server will never be ready', exc_info=task.exception())
         opening = asyncio.ensure_future(asyncio.to_thread(service.warm_up))
+        opening.add_done_callback(opened)
         async def sweep():
             while True: await asyncio.sleep(min(30, service.limits.keep_seconds)); videos.sweep()
         sweeping = asyncio.ensure_future(sweep())

@@ -116,7 +116,9 @@ class _Intake:
                 parts.append(chunk)
                 size, self.held = size + len(chunk), self.held + len(chunk)
                 if self.held > self.limits.held_bytes: raise _refusal(429, 'too many uploads at the same time')
-            yield b''.join(parts)
+            whole = b''.join(parts)
+            parts.clear() # or it would be held twice
+            yield whole
         finally: self.held -= size
 
 # %% ../nbs/11a_service.ipynb #dcb27e42
@@ -257,6 +259,8 @@ class _Metrics:
             ('busy', 'Requests that are worked on or wait'), ('streams', 'Live streams'), ('videos', 'Videos that are worked on or wait')))
 
 # %% ../nbs/11a_service.ipynb #b82db01e
+_NOTHING = np.zeros((64, 64, 3), np.uint8) # an image to begin with
+
 class _Threads:
     "Models, and the threads that ask them"
     def __init__(self, models, detectors, limits, batch_wait, workers):
@@ -268,13 +272,13 @@ class _Threads:
         self.workers = count_threads(workers, 16, 'workers')
         self.looking = ThreadPoolExecutor(self.workers, thread_name_prefix='fer_nbdev look')
         self.running = {name: ThreadPoolExecutor(1, thread_name_prefix=f'fer_nbdev {name}') for name in self.models}
+        for name in self.models: self.predictors[name, self.detectors[0], False].predict(_NOTHING, [(0, 0, 64, 64)]) # who cannot be opened says so here, and not to the first client
 
     def warm_up(self):
-        "Open every model and detector, so that the first client does not wait for it"
-        nothing = np.zeros((64, 64, 3), np.uint8)
-        for predictor in self.predictors.values(): predictor.predict(nothing, [(0, 0, 64, 64)])
+        "Ask every model in every way, and every detector in every thread, so that the first client does not wait for it"
+        for predictor in self.predictors.values(): predictor.predict(_NOTHING, [(0, 0, 64, 64)])
         all_here = threading.Barrier(self.workers) # each thread has detectors of its own, so none may take two of these
-        def detect(_): [detect_faces(nothing, d) for d in self.detectors]; all_here.wait(60)
+        def detect(_): [detect_faces(_NOTHING, d) for d in self.detectors]; all_here.wait(60)
         with suppress(RuntimeError): list(self.looking.map(detect, range(self.workers))) # closed meanwhile
         self.ready = not self.closed
 

@@ -1,5 +1,7 @@
 """The page of the server in a Chromium without a window, which can reach nothing but this machine. Where there is none the tests are skipped, and say so."""
 import io
+import json
+import os
 import time
 from pathlib import Path
 
@@ -74,6 +76,34 @@ def browser(tmp_path_factory, film):
 def _pictures(server):
     "The files that the page holds, without those that it came with."
     return [p for p in server.uploads.rglob("*") if p.is_file() and "grace_hopper" not in p.name]
+
+
+def _file(path, **more):
+    "A file as the page names it to the server."
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}, **more}
+
+
+def _told(client, element, event, *data):
+    "What the function behind an event of the page tells who asks it as the page does, up to its first answer."
+    config, session = client.get("/config").json(), os.urandom(8).hex()
+    ids = [c["id"] for c in config["components"] if element in (c["props"].get("elem_id"), c["type"])]
+    function, = [d["id"] for d in config["dependencies"] if any([i, event] in d["targets"] for i in ids)]
+    joined = client.post("/gradio_api/queue/join", json={"fn_index": function, "session_hash": session, "data": data})
+    assert joined.status_code == 200, joined.text
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}, timeout=30) as lines:
+        told = next(line for line in lines.iter_lines() if "process_streaming" in line or "process_completed" in line)
+    client.post(f"/gradio_api/stream/{joined.json()['event_id']}/close")
+    return json.loads(told.removeprefix("data: "))["output"]
+
+
+def _photo(client, file): return str(_told(client, "photo", "change", file, "accurate", "auto", False))
+def _frame(client, file): return str(_told(client, "camera", "stream", file, None, "accurate", "auto"))
+
+
+def _upload(client, name="a.png", data=None):
+    sent = client.post("/gradio_api/upload", files={"files": (name, data or sample_portrait().read_bytes())})
+    assert sent.status_code == 200, sent.text
+    return sent.json()[0]
 
 
 def _open(browser, server, **options):
@@ -182,8 +212,95 @@ def test_paths_of_the_server_cannot_be_asked_for(server):
         for name in names:
             client.post("/gradio_api/upload", files={"files": (name, b"x")})
         assert set(server.uploads.parent.iterdir()) == before
-        asked = {"fn_index": 0, "session_hash": "x", "data": [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "accurate", "auto", False]}
-        assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
-        told = client.get("/gradio_api/queue/data", params={"session_hash": "x"}, timeout=30).text
-        assert "process_completed" in told and '"success":false' in told.replace(" ", ""), told[-600:]
     eventually(lambda: not _pictures(server))
+
+
+@pytest.mark.parametrize("ask", [_photo, _frame], ids=["photo", "camera"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])
+def test_only_what_was_uploaded_is_read(server, tmp_path, ask, streamed):
+    "Another image of the server is neither shown nor deleted, however its path is written; uploads are answered."
+    secret = tmp_path / "secret.png"
+    Image.open(sample_portrait()).save(secret)
+    whole = secret.read_bytes()
+    with httpx.Client(base_url=server) as client:
+        for path in (secret, f"{server.uploads}/../../{secret}", server.uploads, "/etc/hostname", "a\0b"):
+            told = ask(client, _file(path, is_stream=streamed))
+            assert "image/jpeg" not in told, path
+            assert secret.exists() and secret.read_bytes() == whole, path
+        assert "image/jpeg" in ask(client, _file(_upload(client), is_stream=streamed))
+        assert server.uploads.is_dir()
+
+
+def test_examples_stay(server):
+    "Whoever tries them, as a photo or as a frame of the camera, which is deleted when it has been read."
+    with httpx.Client(base_url=server) as client:
+        shown = _told(client, "dataset", "click", 0)["data"][0]
+        assert "image/jpeg" in _photo(client, shown)
+        assert "image/jpeg" in _frame(client, shown) and "image/jpeg" in _frame(client, shown | {"is_stream": True})
+        time.sleep(4) # uploads are deleted meanwhile
+        assert client.get(f"/gradio_api/file={shown['path']}").content == sample_portrait().read_bytes()
+        assert sample_portrait().exists()
+
+
+def test_nothing_is_downloaded(server, monkeypatch):
+    "A client may name an address where a file belongs, or a word, or ask for it as for an upload."
+    import safehttpx
+    looked_up = []
+
+    async def look_up(host, *args):
+        looked_up.append(host)
+        raise ValueError("not in a test")
+    monkeypatch.setattr(safehttpx, "async_validate_url", look_up)
+    address = "http://fetch-me.example.com/x.png"
+    with httpx.Client(base_url=server) as client:
+        for streamed in (False, True):
+            named = _file(address, is_stream=streamed)
+            assert "image/jpeg" not in _photo(client, named) + _frame(client, named)
+            _told(client, "photo", "change", None, named, "auto", False)
+            _told(client, "dataset", "click", named)
+        for way in ("/gradio_api/file=", "/gradio_api/file/", "/gradio_api/proxy="):
+            assert client.get(way + address).status_code == 404
+    assert looked_up == []
+
+
+def test_a_photo_that_was_deleted_says_so(server):
+    with httpx.Client(base_url=server) as client:
+        sent = _upload(client, "late.png")
+        eventually(lambda: not Path(sent).exists())
+        assert "choose it again" in _photo(client, _file(sent))
+
+
+def test_the_page_has_the_limits_of_the_api(monkeypatch):
+    "On a request, however many files it has and however it comes; and on all that is held."
+    monkeypatch.setattr(page, "_KEPT", (1, 2))
+    app = page.mount_page(create_app("accurate", limits=Limits(body_bytes=1_000_000, held_bytes=2_000_000, upload_seconds=1.5), workers=1))
+
+    def files(*sizes): return [("files", (f"{i}.png", os.urandom(size))) for i, size in enumerate(sizes)]
+
+    def pieces(pause=0):
+        for _ in range(100):
+            yield b" " * 100_000
+            time.sleep(pause)
+    with serving(app) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        def send(*sizes): return client.post("/gradio_api/upload", files=files(*sizes))
+        assert send(900_000, 900_000, 900_000).status_code == 413
+        assert client.post("/gradio_api/queue/join", json={"data": ["x" * 3_000_000]}).status_code == 413
+        kind = {"content-type": "application/json"}
+        assert client.post("/gradio_api/queue/join", content=pieces(), headers=kind).status_code == 413
+        assert client.post("/gradio_api/queue/join", content=pieces(.5), headers=kind).status_code == 408
+        assert app.state.service.intake.held == 0 and list(app.state.uploads.rglob("*.png")) == []
+        assert [send(900_000).status_code for _ in range(2)] == [200, 200]
+        full = send(900_000)
+        assert full.status_code == 429 and int(full.headers["retry-after"]) > 0, full.text
+        assert client.get("/").status_code == 200
+        eventually(lambda: send(900_000).status_code == 200)
+
+
+def test_what_was_broken_off_is_swept(server):
+    "A form without an end leaves files of which Gradio knows nothing, and every upload a folder."
+    body = b'--x\r\ncontent-disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(5000)
+    with httpx.Client(base_url=server) as client:
+        _upload(client, "b.png", b"any bytes")
+        client.post("/gradio_api/upload", content=body, headers={"content-type": "multipart/form-data; boundary=x"})
+        assert _pictures(server)
+    eventually(lambda: not _pictures(server) and all(any(d.iterdir()) for d in server.uploads.iterdir()))

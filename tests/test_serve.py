@@ -1,5 +1,6 @@
 """What the notebook of `serve` leaves to a real server on loopback: rude clients, bombs, tokens, full queues, and the OpenAPI document taken at its word."""
 import base64
+import hashlib
 import io
 import json
 import os
@@ -606,3 +607,103 @@ def test_the_space_is_complete():
     code = "import runpy; app = runpy.run_path('app.py', run_name='space')['app']; print(sorted(r.path for r in app.routes if r.path.startswith('/v1'))[0], app.router.default.__class__.__name__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=space, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["/v1/models", "_Sealed"], done.stderr[-2000:]
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong is told
+
+@pytest.fixture
+def broken(tmp_path):
+    "A model folder that is whole, by its card, and whose network is none."
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"no network")
+    (folder / "card.json").write_text(json.dumps(dict(format=1, name="broken", classes=list(EMOTIONS), img_size=48,
+                                                      files={"model.onnx": {"sha256": hashlib.sha256(b"no network").hexdigest()}})))
+    return folder
+
+
+def test_a_model_that_cannot_be_opened_is_told_before_anything_is_served(broken):
+    with pytest.raises(ValueError, match="cannot open '.*broken.model.onnx'"):
+        create_app(["accurate", broken])
+    done = subprocess.run([sys.executable, "-m", "fer_nbdev", "serve", "--model", str(broken), "--port", "0"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "cannot open" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_server_that_cannot_get_ready_says_so(monkeypatch, caplog):
+    from starlette.testclient import TestClient
+    app = create_app("accurate", workers=1)
+    monkeypatch.setattr(service, "detect_faces", lambda *args, **options: 1 / 0)
+    with TestClient(app) as client:
+        eventually(lambda: "never be ready" in caplog.text)
+        assert client.get("/readyz").status_code == 503
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_stopped_application_says_that_it_is_not_started_again():
+    from starlette.testclient import TestClient
+    app = create_app("accurate", workers=1)
+    with TestClient(app):
+        pass
+    with pytest.raises(RuntimeError, match="make a new one"), TestClient(app):
+        pass
+
+
+def test_a_stream_that_fails_is_logged(server, monkeypatch, caplog):
+    "With the error, and the code of an internal one; a client that leaves is no error."
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+    address = f"ws://127.0.0.1:{server[1]}/v1/stream"
+    with connect(address) as ws:
+        ws.send(_frame())
+        ws.recv(timeout=30)
+    eventually(lambda: server[0].state.service.streaming == 0)
+    assert "stream failed" not in caplog.text
+    monkeypatch.setattr(serve.LiveFaces, "__call__", lambda self, image: 1 / 0)
+    with connect(address) as ws:
+        ws.send(_frame())
+        with pytest.raises(ConnectionClosed) as closed:
+            ws.recv(timeout=30)
+    assert closed.value.rcvd.code == 1011
+    assert "a live stream failed" in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+def test_a_body_is_held_once():
+    "While it is worked on, the pieces that it came in are gone."
+    import asyncio
+    import tracemalloc
+    from types import SimpleNamespace
+
+    async def pieces():
+        for _ in range(300):
+            yield bytes(bytearray(65_536))
+
+    async def receive():
+        intake = service._Intake(Limits())
+        tracemalloc.start()
+        try:
+            async with intake.body(SimpleNamespace(headers={}, stream=pieces)) as body:
+                return len(body), tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+    size, held = asyncio.run(receive())
+    assert size == 300 * 65_536 and held < 1.2 * size
+
+
+def test_hints_for_callers_of_the_library_are_not_for_clients():
+    "The API cuts them off the messages of `read_image` and `check_boxes`; here they are still there to be cut off."
+    from fer_nbdev.core import read_image
+    from fer_nbdev.detect import check_boxes
+    with pytest.raises(ValueError, match=r"\. If you trust it") as large:
+        read_image(PORTRAIT, max_pixels=1000)
+    with pytest.raises(ValueError, match=r"\. Boxes are") as outside:
+        check_boxes([(0, 0, 9999, 9)], read_image(PORTRAIT))
+    limits, predictor = Limits(pixels=1000), Predictor("accurate", detector="none")
+    assert service._look(predictor, PORTRAIT, None, limits).error.message == str(large.value).partition(". If you trust it")[0]
+    assert service._look(predictor, PORTRAIT, [(0, 0, 9999, 9)], Limits()).error.message == str(outside.value).partition(". Boxes are")[0]
+
+
+def test_the_name_of_a_model_is_that_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "moods" / "parts").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "moods")
+    assert list(serve._name_models(["."])) == list(serve._name_models(["parts/.."])) == ["moods"]
+    assert list(serve._name_models(["accurate", ["fast", "./parts"]])) == ["accurate", "fast+parts"]
