@@ -24,7 +24,7 @@ import pytest
 import fer_nbdev.video as library
 from fer_nbdev.core import Box, read_image, sample_portrait
 from fer_nbdev.inference import Predictor
-from fer_nbdev.track import FaceTracker, assign
+from fer_nbdev.track import CutDetector, FaceTracker, assign
 from fer_nbdev.video import Frame, Timeline, VideoReader, VideoWriter, annotate_frame, find_ffmpeg, predict_video, process_video, read_frames
 
 FFMPEG = find_ffmpeg()
@@ -168,6 +168,14 @@ def test_a_cut_begins_new_numbers():
     assert all(p.track_id == 2 for f in frames[31:] for p in f.preds)
     frames = list(predict_video(images, predictor, cut=-1))
     assert {p.track_id for f in frames for p in f.preds} == {1}
+
+
+def test_frames_of_one_colour_are_no_cuts():
+    rng = np.random.default_rng(0)
+    flat = [np.full((90, 160, 3), colour, np.uint8) for colour in (0, 0, 0, 200, (100, 101, 101), (3, 77, 201))]
+    scene = rng.integers(0, 256, (90, 160, 3), dtype=np.uint8)
+    cut = CutDetector()
+    assert [cut(image) for image in [*flat, scene, scene, flat[0], flat[0]]] == [False] * 6 + [True, False, True, False]
 
 
 def test_smoothing_steadies_the_answers_of_the_model(portrait):
