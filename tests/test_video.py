@@ -21,9 +21,10 @@ import cv2
 import numpy as np
 import pytest
 
+import fer_nbdev.inference as inference
 import fer_nbdev.video as library
 from fer_nbdev.core import Box, read_image, sample_portrait
-from fer_nbdev.inference import Predictor
+from fer_nbdev.inference import Predictor, to_pandas
 from fer_nbdev.track import CutDetector, FaceTracker, assign
 from fer_nbdev.video import Frame, Timeline, VideoReader, VideoWriter, annotate_frame, find_ffmpeg, predict_video, process_video, read_frames
 
@@ -522,6 +523,28 @@ def test_threads_end_with_the_generator_and_errors_arrive():
         with pytest.raises((RuntimeError, FileNotFoundError), match=error):
             list(predict_video(source, Predictor("accurate", threads=1, detector=detector)))
     assert none_left()
+
+
+def test_answers_do_not_wait_for_the_next_image_of_a_slow_source():
+    taken = []
+
+    def slow():
+        for k in range(4):
+            if k: time.sleep(.5)
+            taken.append(k)
+            yield k
+
+    newest = {k: taken[-1] for batch in inference._ready(str, slow(), workers=1, at_once=64) for k, _ in batch}
+    assert [newest[k] for k in (1, 2, 3)] == [1, 2, 3]  # the last one that was taken when the answer was there; before the second nobody knows that they are slow
+
+
+def test_a_table_of_the_frames_of_a_video(predictor):
+    pytest.importorskip("pandas")
+    frames = [f for f in predict_video([squares((60 + k, 60)) for k in range(12)], predictor, start=.2)]
+    table = to_pandas(frames)
+    assert [*table.image] == [f.number for f in frames if f.preds] and table.image[0] > 5
+    assert set(table.track_id) == {1} and [*zip(table.x0, table.y0, table.x1, table.y1)] == [tuple(f.preds[0].box) for f in frames if f.preds]
+    assert [*table.columns[8:10]] == ["track_id", predictor.classes[0]] and "track_id" not in to_pandas(predictor(squares((60, 60))))
 
 
 def test_few_frames_are_alive_at_a_time(predictor):
