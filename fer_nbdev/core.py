@@ -252,8 +252,8 @@ def read_image(
     if isinstance(source, np.ndarray): return _check_array(source)
     if isinstance(source, (str, os.PathLike)): return _read_file(expand_home(source), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        if len(source) == 0: raise ValueError('the image bytes are empty (0 bytes)')
-        return _decode(io.BytesIO(source), max_pixels, f'the image ({len(source):,} bytes)')
+        if not (data := bytes(source)): raise ValueError('the image bytes are empty (0 bytes)')
+        return _decode(io.BytesIO(data), max_pixels, f'the image ({len(data):,} bytes)')
     from PIL import Image
     if isinstance(source, Image.Image): return _decode(source, max_pixels, f'the PIL image ({source.mode})')
     raise ValueError(f'an image must be a path, bytes, a PIL image or a numpy array, got {type(source).__name__}')
@@ -329,7 +329,8 @@ def write_whole(
     path = Path(os.path.realpath(expand_home(path)))
     _check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f'.{path.stem[:60]}.{secrets.token_hex(4)}.tmp{path.suffix}')
+    stem = os.fsencode(path.stem)[:60].decode(errors='ignore') # file systems count bytes, and most take 255
+    temp = path.with_name(f'.{stem}.{secrets.token_hex(4)}.tmp{path.suffix}')
     try:
         yield temp
         _to_disk(temp)
@@ -341,10 +342,10 @@ def write_whole(
 
 # %% ../nbs/00_core.ipynb #3e35b845
 def spare_path(
-    path, # a file that another one vouches for
-    sha256: str, # of its new contents
+    path, # the file whose SHA-256 is in a card
+    sha256: str, # of the contents that are to replace those of the file, in hexadecimal
 ) -> Path: # a hidden file in the same folder
-    "Where the new contents of a file wait until what vouches for them is in place"
+    "Where the new contents of a file wait until the card with their SHA-256 is in place"
     path = Path(path)
     return path.with_name(f'.{path.stem}.{sha256[:16]}{path.suffix}')
 
@@ -352,7 +353,7 @@ def read_checked(
     path, # the file to read
     sha256: str, # that it must have
 ) -> bytes: # its contents
-    "A file with the given SHA-256, or else the spare one with that sum. Raises `FileNotFoundError` where it is missing, and `ValueError` for another sum."
+    "Read a file with the given SHA-256, or else the spare one with that SHA-256. Raises `FileNotFoundError` where it is missing, and `ValueError` for another SHA-256."
     path, sha256 = Path(path), str(sha256)
     spare, found = spare_path(path, sha256) if sha256.isalnum() else path, {}
     for file in (path, spare, path): # a third look, because the spare one may just have moved into place

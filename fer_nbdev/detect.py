@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import Box, expand_home, import_cv2, read_image, write_whole
+from .core import Box, check_count, expand_home, import_cv2, read_image, write_whole
 from .faces import resize_face
 
 # %% ../nbs/09_detect.ipynb #35e4645b
@@ -234,7 +234,7 @@ def list_detectors() -> list[str]: # what `detect_faces` takes as `detector`, be
 
 def _choose(detector):
     "The name in the table, and the model file if it is YuNet"
-    if isinstance(detector, os.PathLike) or isinstance(detector, str) and detector.endswith('.onnx'): return 'yunet', detector
+    if isinstance(detector, os.PathLike) or isinstance(detector, str) and detector.endswith('.onnx'): return 'yunet', expand_home(detector)
     if detector not in list_detectors():
         raise ValueError(f'unknown detector {detector!r}: the known ones are {", ".join(map(repr, list_detectors()))}; '
                          'or pass the path of a YuNet model (.onnx), or a function from an RGB array to boxes')
@@ -277,8 +277,8 @@ def _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors):
     if min_size is not None and not 1 <= min_size < math.inf: raise ValueError(f'min_size is in pixels and at least 1, got {min_size!r}')
     if max_side is not None and not max_side >= _WINDOW: raise ValueError(f'max_side must be at least {_WINDOW} pixels, got {max_side!r}')
     if not 0 <= min_score <= 1: raise ValueError(f'min_score is between 0 and 1, got {min_score!r}')
-    if not scale_factor > 1: raise ValueError(f'scale_factor must be above 1 (1.15: each scale is 15% larger than the last), got {scale_factor!r}')
-    if not min_neighbors >= 0: raise ValueError(f'min_neighbors must be 0 or more, got {min_neighbors!r}')
+    if not 1 < scale_factor <= 10: raise ValueError(f'scale_factor must be above 1 and at most 10 (1.15: each scale is 15% larger than the last), got {scale_factor!r}')
+    if not (0 <= min_neighbors <= 1000 and min_neighbors == int(min_neighbors)): raise ValueError(f'min_neighbors must be a whole number from 0 to 1000, got {min_neighbors!r}')
 
 def detect_faces(
     image, # anything `read_image` takes: a path, bytes, a PIL image, a uint8 array
@@ -350,7 +350,7 @@ def crop_faces(
 ) -> np.ndarray: # grayscale faces, uint8 [n, size, size], in the order of the boxes
     "Cut faces out as gray squares that stay inside the image; raises a `ValueError` for boxes that do not fit it, and for eyes of another shape"
     image = read_image(image)
-    if size < 1: raise ValueError(f'size is in pixels and at least 1, got {size!r}')
+    size = check_count('size', size)
     if not -.5 < margin < 10: raise ValueError(f'margin is a part of the box, between -0.5 and 10, got {margin!r}')
     boxes = check_boxes(boxes, image)
     if eyes is None: eyes = np.full((len(boxes), 2, 2), np.nan)

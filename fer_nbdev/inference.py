@@ -9,10 +9,11 @@ __all__ = ['Predictor', 'predict', 'to_pandas', 'plot_predictions']
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain, islice, repeat
+from time import monotonic
 
 import numpy as np
 
@@ -69,9 +70,12 @@ def _ready(work, items, workers, at_once):
     pool, waiting, given, items = ThreadPoolExecutor(workers, thread_name_prefix='fer_nbdev'), deque(), 0, iter(items)
     try:
         while True:
+            begin = monotonic()
             for n, item in enumerate(islice(items, at_once - len(waiting)), 1):
                 waiting.append((item, pool.submit(work, item)))
-                if n >= given and waiting[0][1].done(): break # something is ready: give it before reading on
+                if slow := (took := monotonic() - begin) > .1: wait([waiting[-1][1]], took / 4)
+                if (slow or n >= given) and waiting[0][1].done(): break # something is ready: give it before reading on
+                begin = monotonic()
             if not waiting: return
             batch = []
             while waiting and (not batch or waiting[0][1].done() and 2 * len(batch) < at_once):
@@ -176,22 +180,28 @@ def _csv_rows(image, preds):
     "A row a face, as csv has it: `_COLUMNS` and the probabilities"
     return [[image, i, *(p.box or [''] * 4), p.emotion, f'{p.confidence:.4f}', *(f'{v:.4f}' for v in p.probs.values())] for i, p in enumerate(preds)]
 
+def _table_row(image, face, pred):
+    "A row of `to_pandas`"
+    row = dict(zip(_COLUMNS, (image, face, *(pred.box or [None] * 4), pred.emotion, pred.confidence)))
+    return row | ({} if pred.track_id is None else {'track_id': pred.track_id}) | pred.probs
+
 def to_pandas(
-    results: Iterable, # what `predict`, `Predictor.predict_batch` or `Predictor.predict_many` gave
-): # pandas.DataFrame: image, face, x0, y0, x1, y1, emotion, confidence, and the probability of each class
-    """Predictions as a table with one row a face. `image` is the path where there is one, otherwise the number of the image; `face` counts in each.
+    results: Iterable, # what `predict`, `Predictor.predict_batch`, `Predictor.predict_many` or `predict_video` gave
+): # pandas.DataFrame: image, face, x0, y0, x1, y1, emotion, confidence, in a video track_id, and the probability of each class
+    """Predictions as a table with one row a face. `image` is the path where there is one, otherwise the number of the image or frame; `face` counts in each.
 
     Images without a face have no row. Those that could not be read have none either, and a warning says how many."""
     import warnings
     pd, rows, failed = require('pandas', 'train'), [], []
     for i, item in enumerate(_by_image(results)):
-        source, preds = item if isinstance(item, tuple) else (i, item)
+        if hasattr(item, 'preds'): source, preds, i = None, item.preds, item.number # a frame of a video
+        else: source, preds = item if isinstance(item, tuple) else (i, item)
         image = os.fspath(source) if isinstance(source, (str, os.PathLike)) else i
         if isinstance(preds, Exception): failed.append(f'{image}: {preds}')
-        else: rows += [dict(zip(_COLUMNS, (image, k, *(p.box or [None] * 4), p.emotion, p.confidence)), **p.probs) for k, p in enumerate(preds)]
+        else: rows += [_table_row(image, k, p) for k, p in enumerate(preds)]
     if failed: warnings.warn(f'{len(failed)} images could not be read and have no row; the first is {failed[0]}', stacklevel=2)
     table = pd.DataFrame(rows, columns=list(dict.fromkeys(chain(_COLUMNS, *rows))))
-    return table.astype({c: 'Int64' for c in ('face', 'x0', 'y0', 'x1', 'y1')})
+    return table.astype({c: 'Int64' for c in ('face', 'x0', 'y0', 'x1', 'y1', 'track_id') if c in table})
 
 def _by_image(results):
     "Results as an iterable of images: the predictions of a single one become a list of one"

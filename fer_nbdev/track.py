@@ -145,7 +145,9 @@ class FaceTracker:
 
 # %% ../nbs/10a_track.ipynb #7f229c94
 class CutDetector:
-    "Does a new scene begin? The correlation of tiny gray copies of two successive frames, 32 x 18, says so"
+    """Does a new scene begin? The correlation of tiny gray copies of two successive frames, 32 x 18, says so.
+
+    Between two frames of one colour each, whatever the colours, there is no cut: nothing can be followed in either."""
     def __init__(self,
         threshold: float = .5, # correlation below which it is a cut, -1..1; -1 for never
     ):
@@ -160,8 +162,9 @@ class CutDetector:
         skip = max(1, min(image.shape[0] // 72, image.shape[1] // 128)) # a large picture need not be read whole
         small = cv2.resize(np.ascontiguousarray(image[::skip, ::skip]), (32, 18), interpolation=cv2.INTER_AREA).astype(np.float32).mean(axis=2)
         small -= small.mean()
-        last, self._last = self._last, small / max(float(np.linalg.norm(small)), 1e-6)
-        return last is not None and float((last * self._last).sum()) < self.threshold
+        norm = float(np.linalg.norm(small))
+        last, self._last = self._last, small / norm if norm > 1 else np.zeros_like(small) # zeros where it is all of one colour
+        return last is not None and bool(last.any() or self._last.any()) and float((last * self._last).sum()) < self.threshold
 
 # %% ../nbs/10a_track.ipynb #31bb53cd
 class _Steady:

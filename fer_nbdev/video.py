@@ -11,6 +11,7 @@ import csv, json, math, os, queue, shutil, subprocess, sys, tempfile, threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from glob import glob, has_magic
 from inspect import signature
 from pathlib import Path
@@ -103,22 +104,36 @@ def _in_order(path):
         parts[-1] += c
     return [int(p) if i % 2 else p for i, p in enumerate(parts)]
 
+def _absolute(path):
+    "A path in full, since FFmpeg takes what stands before a colon for a protocol; an address stays as it is"
+    path = expand_home(path)
+    return path if '://' in path else os.path.abspath(path)
+
+def _camera(number):
+    if number >= 2**31: raise ValueError(f'there is no camera {number}: expected 0, 1, 2, ...')
+    return number, f'camera {number}'
+
+def _images_of(path):
+    "The images of a folder or a pattern"
+    found = map(str, Path(path).iterdir()) if os.path.isdir(path) else glob(path)
+    images = sorted((p for p in found if Path(p).suffix.lower() in IMAGE_SUFFIXES and Path(p).name[0] != '.' and not os.path.isdir(p)), key=_in_order)
+    if images: return images
+    raise ValueError(f'there are no images in {path!r}: expected a video, or files ending in {" ".join(sorted(IMAGE_SUFFIXES))}')
+
 def _find_source(source):
     "A camera number, an address or a path of a video file; or the images of a list, a folder or a pattern -> (what, its name)"
-    if isinstance(source, (int, np.integer)) and not isinstance(source, bool) and source >= 0: return int(source), f'camera {source}'
+    if isinstance(source, (int, np.integer)) and not isinstance(source, bool) and source >= 0: return _camera(int(source))
     if not isinstance(source, (str, os.PathLike)):
         if not hasattr(source, '__iter__') or isinstance(source, (bytes, bytearray)) or isinstance(source, np.ndarray) and source.ndim < 3:
             raise ValueError(f'a video is a path, an address, the number of a camera, or a list of images, got {source!r:.80}')
+        if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] in (1, 3, 4): raise ValueError(f'{list(source.shape)} is the shape of one image: a single image goes into a list, [image]')
         return source, 'the list of images'
     path = expand_home(source)
     if '://' in path: return path, path
-    if os.path.isdir(path) or has_magic(path) and not os.path.exists(path):
-        images = sorted((p for p in (glob(path) if has_magic(path) and not os.path.isdir(path) else map(str, Path(path).iterdir())) if Path(p).suffix.lower() in IMAGE_SUFFIXES and Path(p).name[0] != '.'), key=_in_order)
-        if not images: raise ValueError(f'there are no images in {path!r}: expected a video, or files ending in {" ".join(sorted(IMAGE_SUFFIXES))}')
-        return images, repr(path)
-    if path.isdecimal() and not os.path.exists(path): return int(path), f'camera {path}'
+    if os.path.isdir(path) or has_magic(path) and not os.path.exists(path): return _images_of(path), repr(path)
+    if path.isdecimal() and not os.path.exists(path): return _camera(int(path))
     if not os.path.exists(path): raise FileNotFoundError(f'there is no video {path!r}')
-    return path, repr(path)
+    return _absolute(path), repr(path)
 
 # %% ../nbs/11_video.ipynb #31131a06
 class _Opened:
@@ -144,7 +159,7 @@ class _Opened:
             self.count = int(count) if 0 < count < 1e9 else None
         elif hasattr(self.source, '__len__'): self.count = len(self.source)
         self.fps = float(fps or 25)
-        if live and self.count is not None: raise ValueError(f'{self.name} waits for its reader: live is for cameras, and for addresses without an end')
+        if live and self.count is not None: raise ValueError(f'{self.name} has a known length: live=True is for cameras and streams without an end')
         endless = isinstance(self.source, int) or isinstance(self.source, str) and '://' in self.source and self.count is None
         self.live = endless if live is None else bool(live)
 
@@ -233,8 +248,9 @@ def _inside(box, height, width, least=.5):
 def _steady(pred, track_id, smoother, time, min_confidence):
     "A prediction with its number, smoothed probabilities and the stable label"
     probs, best = smoother(track_id, list(pred.probs.values()), time)
-    emotion, confidence = list(pred.probs)[best], float(probs[best])
-    if confidence < min_confidence: emotion, confidence = UNCERTAIN, float(probs.max())
+    names, top = list(pred.probs), int(probs.argmax())
+    if probs[best] < min_confidence <= probs[top]: best = top # rather this one than none
+    emotion, confidence = (names[best], float(probs[best])) if probs[best] >= min_confidence else (UNCERTAIN, float(probs[top]))
     return replace(pred, emotion=emotion, confidence=confidence, probs=dict(zip(pred.probs, probs.tolist())), track_id=track_id)
 
 def _predict_frames(frames, predictor, every, tracker, smoother, is_cut):
@@ -272,9 +288,9 @@ def predict_video(
     detector: str | os.PathLike | Callable | None = None, # how to find faces, see `detect_faces`; default: "auto"; a `Predictor` brings its own
     **options, # for the reader: start, end, fps, live, timeout
 ) -> Iterator[Frame]: # each frame with its predictions: `track_id`, smoothed `probs`, the stable `emotion` and its probability
-    """Find the faces of a video, follow them, and say in every frame which emotion each shows. A frame of a file is never left out; one of a live source is when the next is there already.
+    """Find the faces of a video, follow them, and say in every frame which emotion each shows. Every frame of a file is used; a live source skips frames that arrive while another is processed.
 
-    A face is reported from its second detection on, so a scene of one frame has none: for pictures without a common story there is `Predictor.predict_many`.
+    A face is reported from its second detection on, so a scene of one frame has none: for unrelated pictures there is `Predictor.predict_many`.
     Raises what `VideoReader` and `Predictor` raise, at once, and `ValueError` for settings out of range."""
     every, smoother, is_cut = check_count('every', every), ProbabilitySmoother(smoothing, margin), CutDetector(cut)
     if isinstance(model, Predictor) and detector is not None: raise ValueError('a Predictor brings its own detector: make it with this one')
@@ -414,17 +430,14 @@ def _fitted(image, size):
     return canvas
 
 # %% ../nbs/11_video.ipynb #c55c89ff
-class VideoWriter:
-    """Write frames with their times as a video, whole or not at all: a context manager.
-
-    The first frame sets the size; others are fitted into it. A gap of more than ten seconds counts as one frame.
-    Raises a `ValueError` for a suffix other than .mp4 .m4v .mov .mkv .avi, and where the video cannot be written."""
+class _FilmFile:
+    "A video file while it is written: it is opened with the first frame, and put in its place at the end"
     def __init__(self,
         path, # the file to write
         fps: float = 25., # its frames a second
         sound=None, # the file whose sound goes with it, where there is an ffmpeg
     ):
-        self.path, self.fps, self.sound = Path(expand_home(path)), float(fps), None if sound is None else expand_home(sound)
+        self.path, self.fps, self.sound = Path(expand_home(path)), float(fps), None if sound is None else _absolute(sound)
         if self.path.suffix.lower() not in _CODECS: raise ValueError(f'a video ends in {" ".join(_CODECS)}, got {str(path)!r}')
         if not 0 < self.fps <= 1000: raise ValueError(f'fps must be between 0 and 1000 frames a second, got {fps!r}')
         self._files, self._temp, self._last, self.count = ExitStack(), None, None, 0
@@ -435,31 +448,41 @@ class VideoWriter:
         return self
 
     def _open(self, image, time):
-        (plain, better), self._size, self._begin, ffmpeg = _CODECS[self.path.suffix.lower()], image.shape[1::-1], time, find_ffmpeg()
+        (plain, better), ffmpeg = _CODECS[self.path.suffix.lower()], find_ffmpeg()
+        self._size, self._begin, self._sounds = image.shape[1::-1], time, bool(self.sound and ffmpeg)
         self._sink = _Pipe(ffmpeg, self._temp, better, self.fps, self._size) if ffmpeg else _OpenCV(self._temp, plain, self.fps, self._size)
-        if self.sound and ffmpeg: self._files.push(lambda *error: None if error[0] else _add_sound(ffmpeg, self._temp, self.sound, time, self.count / self.fps))
+        if self._sounds: self._files.push(lambda *error: None if error[0] else _add_sound(ffmpeg, self._temp, self.sound, time, self.count / self.fps))
         self._files.callback(self._sink.release) # before the sound is added
         if self.sound and not ffmpeg: warn('the video is written without sound, and in MPEG-4, since there is no ffmpeg: pip install "fer_nbdev[video]" brings one', stacklevel=4)
-
-    def write(self,
-        image: np.ndarray, # RGB, uint8 [h, w, 3]
-        time: float, # seconds, on the clock of the source
-    ):
-        "Show this image from its time on. Raises a `ValueError` for an array of another kind, and for a time that is no number"
-        if self._temp is None: raise ValueError('a VideoWriter is a context manager: with VideoWriter(path) as out: out.write(image, time)')
-        _check_frame(image, time)
-        if self._sink is None: self._open(image, time)
-        due = round((time - self._begin) * self.fps) + 1 - self.count # frames up to and with this one
-        if due > 10 * self.fps + 1: self._begin, due = self._begin + (due - 1) / self.fps, 1
-        image = _fitted(image, self._size)
-        for k in range(due): self._sink.write(image if k == due - 1 else self._last)
-        self.count, self._last = self.count + max(0, due), image
 
     def _complain(self): raise ValueError(f'no frame was written to {str(self.path)!r}')
 
     def __exit__(self, *error):
         if self._sink is None and error[0] is None: self._files.callback(self._complain) # before the file is put in its place
         return self._files.__exit__(*error)
+
+# %% ../nbs/11_video.ipynb #972c8625
+class VideoWriter(_FilmFile):
+    """Write frames with their times as a video, whole or not at all: a context manager.
+
+    The first frame sets the size; others are fitted into it. A gap of more than ten seconds counts as one frame, unless sound goes with the video.
+    Raises a `ValueError` for a suffix other than .mp4 .m4v .mov .mkv .avi, and where the video cannot be written."""
+    def write(self,
+        image: np.ndarray, # RGB, uint8 [h, w, 3]
+        time: float, # seconds, on the clock of the source
+        between: Callable | None = None, # is called before each further frame where a gap takes several; it may raise to stop
+    ):
+        "Show this image from its time on. Raises a `ValueError` for an array of another kind, and for a time that is no number"
+        if self._temp is None: raise ValueError('a VideoWriter is a context manager: with VideoWriter(path) as out: out.write(image, time)')
+        _check_frame(image, time)
+        if self._sink is None: self._open(image, time)
+        due = round((time - self._begin) * self.fps) + 1 - self.count # frames up to and with this one
+        if due > 10 * self.fps + 1 and not self._sounds: self._begin, due = self._begin + (due - 1) / self.fps, 1
+        image = _fitted(image, self._size)
+        for k in range(due):
+            if k and between: between()
+            self._sink.write(image if k == due - 1 else self._last)
+        self.count, self._last = self.count + max(0, due), image
 
 # %% ../nbs/11_video.ipynb #308fc5b1
 _COLUMNS = ('frame', 'time', 'track_id', 'x0', 'y0', 'x1', 'y1', 'emotion', 'confidence')
@@ -483,7 +506,7 @@ def _parquet_table(path, classes, at_once=10_000):
     schema, rows = pa.schema(list(zip([*_COLUMNS, *classes], kinds))), []
     with write_whole(path) as temp, pq.ParquetWriter(temp, schema) as out:
         def flush():
-            out.write_table(pa.table([pa.array(c, k) for c, k in zip(zip(*rows), kinds)], schema)) if rows else None
+            if rows: out.write_table(pa.table([pa.array(c, k) for c, k in zip(zip(*rows), kinds)], schema))
             rows.clear()
         def add(frame):
             rows.extend(_rows(frame))
@@ -493,7 +516,7 @@ def _parquet_table(path, classes, at_once=10_000):
 
 @contextmanager
 def _json_lines(path):
-    "Not whole or not at all, since it is there to be read meanwhile"
+    "Written line by line, so that it can be read while it grows"
     with ExitStack() as files:
         if not (standard := str(path) == '-'): (path := Path(expand_home(path))).parent.mkdir(parents=True, exist_ok=True)
         file = sys.stdout if standard else files.enter_context(open(path, 'w', encoding='utf-8'))
@@ -643,25 +666,27 @@ def _save_timeline(seen, path):
     finally: plt.close(figure)
 
 def _check_outputs(reader, outputs, jsonl):
-    "Raise a `ValueError` where an output is what is read, or another output, or JSON is named like something else"
+    "Raise a `ValueError` where an output is the input or another output, or a name for JSON lines ends like something else"
     read = [reader.source] if isinstance(reader.source, str) else [s for s in reader.source if isinstance(s, (str, os.PathLike))] if isinstance(reader.source, list) else []
     places = [os.path.realpath(expand_home(path)) for path in outputs]
     files = {(s.st_dev, s.st_ino) for s in (os.stat(p) for p in map(expand_home, read) if os.path.exists(p))}
     for path, place in zip(outputs, places):
-        if os.path.exists(place) and (os.stat(place).st_dev, os.stat(place).st_ino) in files: raise ValueError(f'{str(path)!r} is what is read: choose another name')
-        if places.count(place) > 1: raise ValueError(f'{str(path)!r} is named for two outputs: choose another name for one of them')
-    if jsonl is not None and (suffix := Path(jsonl).suffix.lower()) in {*_CODECS, *IMAGE_SUFFIXES, '.csv', '.parquet'}: raise ValueError(f'{str(jsonl)!r} ends in {suffix}, and what is written there are lines of JSON: choose a name such as faces.jsonl')
+        if os.path.exists(place) and (os.stat(place).st_dev, os.stat(place).st_ino) in files: raise ValueError(f'{str(path)!r} is the input: choose another name')
+        if places.count(place) > 1: raise ValueError(f'{str(path)!r} is given for two outputs: choose another name for one of them')
+    suffix = Path(jsonl or '').suffix.lower()
+    if suffix in {*_CODECS, *IMAGE_SUFFIXES, '.csv', '.parquet'}: raise ValueError(f'{str(jsonl)!r} ends in {suffix}, but is for lines of JSON: choose a name such as faces.jsonl')
 
 def _outputs(files, reader, classes, out, tables, jsonl):
     "Open what is to be written -> functions that take a frame, and the video or None"
     sinks = [_open_table(path, classes) for path in tables] + ([] if jsonl is None else [_json_lines(jsonl)])
-    video = None if out is None else VideoWriter(out, reader.fps, reader.source if isinstance(reader.source, str) and not reader.live else None)
+    sound = reader.source if isinstance(reader.source, str) and not reader.live else None
+    video = None if out is None else VideoWriter(out, min(reader.fps, 60), sound)
     return [files.enter_context(sink) for sink in sinks], video and files.enter_context(video)
 
 # %% ../nbs/11_video.ipynb #c4e37c02
 def process_video(
     source, # what `VideoReader` takes
-    out=None, # a video to write, with boxes, numbers, labels and bars: .mp4 .mov .mkv .avi
+    out=None, # a video to write, with boxes, numbers, labels and bars, of at most 60 frames a second: .mp4 .mov .mkv .avi
     model="accurate", # what `Predictor` takes, or a `Predictor`
     *,
     table=None, # a .csv or .parquet to write, a row a face and frame; or a list of both
@@ -669,7 +694,7 @@ def process_video(
     timeline=None, # a picture to write: the probabilities of each person over time
     window: bool = False, # show the frames; q ends, s saves one
     bars: int = 4, # draw the probabilities of this many faces
-    progress: Callable | None = None, # is called with each `Frame`
+    progress: Callable | None = None, # is called with each `Frame`, and again while a gap in the video is written; it may raise to stop
     **options, # of `predict_video`, for the faces and for the reader: every, smoothing, detector, start, end, live ...
 ) -> Timeline: # the timeline, with its summary
     """Follow the faces of a video and write what is asked for. Videos, tables and pictures are written whole or not at all; but a live source may be ended by Ctrl-C at any time.
@@ -690,7 +715,7 @@ def process_video(
             for frame in frames:
                 for add in (seen.add, *adds): add(frame)
                 if video or show: frame = frame._replace(image=annotate_frame(frame.image, frame.preds, bars))
-                if video: video.write(frame.image, frame.time)
+                if video: video.write(frame.image, frame.time, progress and partial(progress, frame))
                 if progress: progress(frame)
                 if show and not show(frame): break
     if timeline is not None: _save_timeline(seen, timeline)

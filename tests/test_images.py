@@ -1,4 +1,5 @@
 """Nasty images: each is read as its maker meant it, or refused by a message that names it, quickly and in little memory."""
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import _images
 from fer_nbdev.core import read_image
@@ -64,6 +66,13 @@ def test_open_pil_images_are_read_alike():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no pipes with names")
+def test_bytes_may_lie_apart_in_memory():
+    data = io.BytesIO()
+    Image.new("RGB", (4, 3), (200, 0, 0)).save(data, "PNG")
+    apart = memoryview(bytes(b for pair in zip(data.getvalue(), data.getvalue()) for b in pair))[::2]
+    assert read_image(apart).shape == (3, 4, 3)
+
+
 def test_pipes_and_devices_do_not_hang(tmp_path):
     os.mkfifo(tmp_path / "photo.jpg")
     for path in (tmp_path / "photo.jpg", "/dev/zero", os.devnull):

@@ -5,6 +5,7 @@ plainly and slowly."""
 import json
 import math
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -136,6 +137,22 @@ def test_a_picture_enlarged_by_a_whole_factor_gives_nearly_the_same_crop(x0, y0,
     large, box = np.repeat(np.repeat(smooth, factor, 0), factor, 1), (x0, y0, x0 + side, y0 + side)
     a, b = crop_faces(smooth, [box], size), crop_faces(large, [tuple(factor * v for v in box)], size)
     assert np.abs(a.astype(int) - b).max() <= 2
+
+
+@pytest.mark.parametrize("size", [0, -1, 48.5, 48., math.inf, math.nan, "48", None, True])
+def test_sizes_of_crops_that_cannot_be_are_refused(size):
+    with pytest.raises(ValueError, match="size must be a whole number"): crop_faces(noise(20, 20), [(0, 0, 9, 9)], size)
+
+
+@pytest.mark.parametrize("option", [dict(scale_factor=v) for v in (1, 10.1, 1e9, *BAD)] + [dict(min_neighbors=v) for v in (-1, 2.5, 1001, 1e300, *BAD)], ids=str)
+def test_settings_of_haar_that_cannot_be_are_refused(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be"): detect_faces(noise(60, 60), "haar", **option)
+
+
+def test_the_home_folder_of_a_detector(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(tmp_path / "gone.onnx")))): detect_faces(noise(60, 60), "~/gone.onnx")
 
 
 @given(boxed(n=3), st.sampled_from(BAD + [-.5, -1, 10, 11]))

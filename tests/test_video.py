@@ -21,10 +21,11 @@ import cv2
 import numpy as np
 import pytest
 
+import fer_nbdev.inference as inference
 import fer_nbdev.video as library
 from fer_nbdev.core import Box, read_image, sample_portrait
-from fer_nbdev.inference import Predictor
-from fer_nbdev.track import FaceTracker, assign
+from fer_nbdev.inference import Predictor, to_pandas
+from fer_nbdev.track import CutDetector, FaceTracker, ProbabilitySmoother, assign
 from fer_nbdev.video import Frame, Timeline, VideoReader, VideoWriter, annotate_frame, find_ffmpeg, predict_video, process_video, read_frames
 
 FFMPEG = find_ffmpeg()
@@ -170,6 +171,14 @@ def test_a_cut_begins_new_numbers():
     assert {p.track_id for f in frames for p in f.preds} == {1}
 
 
+def test_frames_of_one_colour_are_no_cuts():
+    rng = np.random.default_rng(0)
+    flat = [np.full((90, 160, 3), colour, np.uint8) for colour in (0, 0, 0, 200, (100, 101, 101), (3, 77, 201))]
+    scene = rng.integers(0, 256, (90, 160, 3), dtype=np.uint8)
+    cut = CutDetector()
+    assert [cut(image) for image in [*flat, scene, scene, flat[0], flat[0]]] == [False] * 6 + [True, False, True, False]
+
+
 def test_smoothing_steadies_the_answers_of_the_model(portrait):
     rng = np.random.default_rng(0)
     noisy = [np.clip(portrait + rng.normal(0, 40, portrait.shape), 0, 255).astype(np.uint8) for _ in range(40)]
@@ -184,6 +193,15 @@ def test_smoothing_steadies_the_answers_of_the_model(portrait):
 
 
 # ------------------------------------------------------------------------------------------------------ reading
+
+def test_a_face_is_uncertain_only_where_no_emotion_is_likely_enough():
+    from fer_nbdev.core import UNCERTAIN, Prediction
+    smoother, said = ProbabilitySmoother(0, margin=.1), []
+    for k, (happy, sad) in enumerate([(.6, .3), (.48, .52), (.46, .44)]):
+        p = library._steady(Prediction("?", 0., dict(happy=happy, sad=sad, neutral=1 - happy - sad)), 1, smoother, float(k), .5)
+        said.append((p.emotion, p.confidence))
+    assert said == [("happy", .6), ("sad", .52), (UNCERTAIN, .46)]  # happy is held at .48, and sad is sure enough
+
 
 def test_every_frame_arrives_once_with_its_time(tmp_path):
     path = write(tmp_path / "a.avi", map(gradient, range(60)))
@@ -243,6 +261,16 @@ def test_image_sequences(tmp_path):
 
 
 @needs_ffmpeg
+def test_a_folder_that_is_named_like_an_image_is_left_out(tmp_path):
+    for k in range(2):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), gradient(k))
+    (tmp_path / "album.jpg").mkdir()
+    for source in (tmp_path, tmp_path / "*"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert [number(f.image) for f in read_frames(source)] == [0, 1]
+
+
 def test_a_variable_frame_rate_keeps_its_times(tmp_path):
     write(tmp_path / "a.avi", map(gradient, range(50)))
     ffmpeg("-i", tmp_path / "a.avi", "-vf", "select='lt(n,20)+not(mod(n,3))'", "-fps_mode", "vfr", "-c:v", "libx264", "-crf", "10", tmp_path / "vfr.mp4")
@@ -356,6 +384,28 @@ def test_a_file_is_not_live(tmp_path):
 def test_what_is_no_video(source):
     with pytest.raises(ValueError, match="a video is"):
         read_frames(source)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_image_is_no_film_of_its_rows(channels):
+    with pytest.raises(ValueError, match="a single image goes into a list"):
+        read_frames(np.zeros((40, 30, channels), np.uint8))
+    assert len(list(read_frames(np.zeros((2, 40, 30), np.uint8)))) == 2  # a gray film
+
+
+@pytest.mark.parametrize("source", ["99999999999", 2**31], ids=repr)
+def test_camera_numbers_that_cannot_be(source):
+    with pytest.raises(ValueError, match=f"no camera {source}"):
+        read_frames(source)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no colon in a name")
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("2024-01-01T12:30:00.avi", map(gradient, range(3)))
+    reader = read_frames("2024-01-01T12:30:00.avi")
+    assert len(list(reader)) == 3 and reader.name == "'2024-01-01T12:30:00.avi'"
+    assert os.path.isabs(VideoWriter("a.mp4", sound="12:30.mp4").sound) and VideoWriter("a.mp4", sound="http://a/b.mp4").sound == "http://a/b.mp4"
 
 
 def test_an_address(tmp_path):
@@ -516,6 +566,28 @@ def test_threads_end_with_the_generator_and_errors_arrive():
     assert none_left()
 
 
+def test_answers_do_not_wait_for_the_next_image_of_a_slow_source():
+    taken = []
+
+    def slow():
+        for k in range(4):
+            if k: time.sleep(.5)
+            taken.append(k)
+            yield k
+
+    newest = {k: taken[-1] for batch in inference._ready(str, slow(), workers=1, at_once=64) for k, _ in batch}
+    assert [newest[k] for k in (1, 2, 3)] == [1, 2, 3]  # the last one that was taken when the answer was there; before the second nobody knows that they are slow
+
+
+def test_a_table_of_the_frames_of_a_video(predictor):
+    pytest.importorskip("pandas")
+    frames = [f for f in predict_video([squares((60 + k, 60)) for k in range(12)], predictor, start=.2)]
+    table = to_pandas(frames)
+    assert [*table.image] == [f.number for f in frames if f.preds] and table.image[0] > 5
+    assert set(table.track_id) == {1} and [*zip(table.x0, table.y0, table.x1, table.y1)] == [tuple(f.preds[0].box) for f in frames if f.preds]
+    assert [*table.columns[8:10]] == ["track_id", predictor.classes[0]] and "track_id" not in to_pandas(predictor(squares((60, 60))))
+
+
 def test_few_frames_are_alive_at_a_time(predictor):
     alive, most = [], 0
 
@@ -616,6 +688,15 @@ def test_sound_is_kept_and_as_long_as_the_picture(tmp_path, predictor, suffix):
     assert float(seconds) == pytest.approx(1.2, abs=.15)
     frames = list(read_frames(tmp_path / f"out{suffix}"))
     assert len(frames) == 30 and frames[0].time == pytest.approx(0, abs=.05)
+
+
+@needs_ffmpeg
+def test_a_long_gap_stays_where_there_is_sound(tmp_path):
+    ffmpeg("-f", "lavfi", "-i", "sine=frequency=440:duration=14", tmp_path / "tone.wav")
+    for sound, frames in ((tmp_path / "tone.wav", 66), (None, 2)):
+        with VideoWriter(tmp_path / "out.mp4", 5, sound) as out:
+            for time in (0., 13.): out.write(squares((60, 60)), time)
+        assert out.count == len(list(read_frames(tmp_path / "out.mp4"))) == frames
 
 
 @needs_ffmpeg
@@ -725,8 +806,8 @@ def test_nothing_that_is_read_is_written_over(tmp_path, predictor, without_ffmpe
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     a, link = tmp_path / "a.avi", tmp_path / "link.avi"
     link.hardlink_to(a)
-    for source, outputs, said in ((a, dict(out=a), "is what is read"), (a, dict(out=link), "is what is read"), (a, dict(jsonl=a), "is what is read"),
-                                  (tmp_path / "frames", dict(timeline=tmp_path / "frames/1.png"), "is what is read"), (a, dict(jsonl=tmp_path / "b.avi"), "lines of JSON"),
+    for source, outputs, said in ((a, dict(out=a), "is the input"), (a, dict(out=link), "is the input"), (a, dict(jsonl=a), "is the input"),
+                                  (tmp_path / "frames", dict(timeline=tmp_path / "frames/1.png"), "is the input"), (a, dict(jsonl=tmp_path / "b.avi"), "lines of JSON"),
                                   (a, dict(table=[tmp_path / "t.csv", tmp_path / "t.csv"]), "two outputs")):
         with pytest.raises(ValueError, match=said):
             process_video(source, model=predictor, **outputs)
@@ -743,6 +824,28 @@ def test_a_writer_takes_frames_only(tmp_path, without_ffmpeg):
         with pytest.raises(ValueError, match="seconds"), VideoWriter(tmp_path / "a.avi") as out:
             out.write(image, wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gap_is_not_written_without_a_word(tmp_path, predictor, without_ffmpeg):
+    class Gap(VideoReader):
+        def __iter__(self): yield from (Frame(k, 8. * k, squares((60, 60))) for k in range(2))
+
+    told = []
+    def stop(frame):
+        told.append(frame.number)
+        if len(told) == 5: raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        process_video(Gap([None]), tmp_path / "out.avi", predictor, progress=stop)
+    assert told == [0, 1, 1, 1, 1] and not list(tmp_path.iterdir())
+
+
+def test_at_most_sixty_frames_a_second_are_written(tmp_path, predictor, without_ffmpeg):
+    images = [squares((60 + k / 10, 60)) for k in range(200)]
+    process_video(VideoReader(images, fps=1000), tmp_path / "out.avi", predictor, table=tmp_path / "t.csv")
+    reader = read_frames(tmp_path / "out.avi")
+    assert reader.fps == 60 and len(list(reader)) == 13
+    assert len((tmp_path / "t.csv").read_text().splitlines()) > 150
 
 
 def test_a_start_far_beyond_the_end(tmp_path):

@@ -197,7 +197,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
 
 
 def test_long_names_fit_beside_themselves(tmp_path):
-    for stem in ("x" * 250, "é" * 120):
+    for stem in ("x" * 250, "é" * 120, "😀" * 60, "a" + "é" * 120):
         with write_whole(tmp_path / f"{stem}.csv") as temp: temp.write_text("new")
         assert (tmp_path / f"{stem}.csv").read_text() == "new"
 
