@@ -167,7 +167,7 @@ class History(Callback):
     def __init__(self,
         out,  # folder of the run
         rows: Iterable = (),  # history of the epochs before, where a run resumes
-        verbose: bool = False,  # print every row
+        verbose: bool = False,  # print every row; beside a progress bar in a terminal, which prints its own, only what is right of each class
     ): self.out, self.rows, self.verbose = Path(out), list(rows), verbose
 
     def before_epoch(self):
@@ -190,8 +190,10 @@ class History(Callback):
         if self.verbose: self._print(by_class)
 
     def _print(self, by_class):
+        right, bar = "    right of " + "  ".join(f"{k[7:]} {v:.0%}" for k, v in by_class.items()), getattr(getattr(self, "progress", None), "mbar", None)
+        if bar: return bar.write(right)
         print("  ".join(f"{k} {v:.4g}" for k, v in self.rows[-1].items() if k not in by_class))
-        print("    right of " + "  ".join(f"{k[7:]} {v:.0%}" for k, v in by_class.items()), flush=True)
+        print(right, flush=True)
 
     def _write(self):
         if rank_distrib(): return
