@@ -436,7 +436,7 @@ def train(
     votes: Annotated[Path | None, typer.Option(help="fer2013new.csv of FER+: train on its votes instead of single labels; --set soft_share=.5 on half of each.")] = None,
     translate: Annotated[bool, typer.Option("--translate", help="Of the votes take how likely each label of FER2013 is for a face with such votes.")] = False,
     teacher: Annotated[list[str] | None, typer.Option(help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; under torchrun, which starts the same command again, begin it where there is none.")] = False,
     track: Annotated[str | None, typer.Option(help="Also write to an experiment tracker: tensorboard or wandb.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the GPU where there is one.")] = None,
     list_all: Annotated[bool, typer.Option("--list", help="Explain the bundled recipes and stop.")] = False,
@@ -451,7 +451,8 @@ def train(
     from fer_nbdev.recipe import list_recipes
     from fer_nbdev.train import train as run
     if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
-    table, r = _train_data(data, votes, translate), _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
+    r = _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
+    table = _train_data(data, votes, translate)
     try: run(r, table, out, resume=resume, device=device, track=track)
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
@@ -484,9 +485,9 @@ def tune(
     require("fastai", "train")
     require("optuna", "scale")
     from fer_nbdev.tune import tune as run
-    begun = resume and (out/"search.json").exists()
-    if begun and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")
-    start = None if begun else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings)
+    if resume and not (out/"search.json").exists(): raise ValueError(f"there is no search in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
+    if resume and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")
+    start = None if resume else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings)
     run(start, _train_data(data), search, out, trials, resume, device)
     if (out/"best.yaml").exists(): print(f"trials: {out/'trials.csv'}, {out/'trials.png'}\ntrain the best: fer train --recipe {out/'best.yaml'}" + f" --data {data}"*bool(data))
 
@@ -501,8 +502,11 @@ def _train_data(data, votes=None, translate=False):
 
 def _train_recipe(out, recipe, default, settings, resume=False, classes=None, teachers=None):
     "The recipe of a new run; None where the run in `out` is resumed with its own."
+    from fastai.torch_core import num_distrib
     from fer_nbdev.recipe import read_recipe
-    if resume and (out/"run.json").exists():
+    if resume and not (out/"run.json").exists():
+        if not num_distrib(): raise ValueError(f"there is no run in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
+    elif resume:
         if recipe or settings or classes or teachers: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set, --classes and --teacher out, or choose another --out")
         return None
     asked = [f"classes=[{classes}]"]*bool(classes) + [f"teachers={json.dumps(teachers)}"]*bool(teachers)

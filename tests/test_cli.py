@@ -12,7 +12,7 @@ from _tables import write_csv
 pytest.importorskip("fastai")
 from typer.testing import CliRunner
 
-from fer_nbdev.cli import app
+from fer_nbdev.cli import _train_recipe, app
 from fer_nbdev.core import sample_portrait
 from fer_nbdev.data import read_fer2013, synthetic_faces
 from fer_nbdev.evaluate import evaluate_model
@@ -96,6 +96,16 @@ def test_resuming_keeps_the_recipe_and_nothing_trains_over_a_run(trained):
     _fer("train --data fer2013.csv --recipe synthetic --out run", code=2)
     _fer("train --data fer2013.csv --recipe synthetic --out run --resume", code=2)
     assert (folder / "run/history.json").read_text() == before
+
+
+def test_nothing_is_resumed_where_nothing_was_begun(trained, monkeypatch):
+    "A slip in --out must not become a run on drawn faces; under torchrun the same command begins a run and goes on with it."
+    folder, _ = trained
+    for command in ("train", "train --data fer2013.csv", "tune", "tune --search lr=log:1e-3:1e-1"):
+        assert "in 'rum' to resume" in _fer(f"{command} --resume --out rum", code=2)
+    assert not (folder / "rum").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert _train_recipe(folder / "rum", None, "synthetic", None, resume=True).name == "synthetic"
 
 
 def test_options_of_predicting_reach_the_predictor(trained):
