@@ -376,7 +376,8 @@ def serve(
 
     Examples: `fer serve` · `fer serve --host 0.0.0.0 --token-file tokens.txt` · `fer serve --model accurate --model my_model --no-page`
     """
-    from fer_nbdev.serve import Limits, create_app, run_app
+    from fer_nbdev.serve import Limits, _check_address, create_app, run_app
+    _check_address(host, port)
     lines = token_file.read_text(encoding="utf-8").splitlines() if token_file else os.environ.get("FER_TOKENS", "").split(",")
     tokens = [line.strip() for line in lines if line.strip()]
     if token_file and not tokens: raise ValueError(f"{str(token_file)!r} holds no token: expected one a line")
