@@ -12,12 +12,12 @@ from _tables import write_csv
 pytest.importorskip("fastai")
 from typer.testing import CliRunner
 
-from fer_nbdev.cli import _train_recipe, app
+from fer_nbdev.cli import _open, _report, _train_recipe, app
 from fer_nbdev.core import sample_portrait
 from fer_nbdev.data import read_fer2013, synthetic_faces
 from fer_nbdev.evaluate import evaluate_model
 from fer_nbdev.inference import Predictor
-from fer_nbdev.recipe import list_recipes
+from fer_nbdev.recipe import list_recipes, read_recipe
 
 
 def _fer(line, code=0):
@@ -106,6 +106,31 @@ def test_nothing_is_resumed_where_nothing_was_begun(trained, monkeypatch):
     assert not (folder / "rum").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert _train_recipe(folder / "rum", None, "synthetic", None, resume=True).name == "synthetic"
+
+
+def test_what_is_cheap_to_check_is_checked_before_the_data_is_read(trained, monkeypatch):
+    def read(*_): raise AssertionError("the data was read")
+    monkeypatch.setattr("fer_nbdev.cli._read_data", read)
+    for line, said in {"train --recipe nosuch": "unknown recipe 'nosuch'", "train --set epochs=none": "epochs", "evaluate nosuch": "unknown model 'nosuch'", "evaluate nosuch.onnx": "no ONNX file 'nosuch.onnx'",
+                       "evaluate fast --split nosuch": "unknown split 'nosuch'", "evaluate fast --compare nosuch": "unknown model 'nosuch'"}.items():
+        assert said in _fer(f"{line} --data fer2013.csv", code=2)
+
+
+def test_a_model_is_opened_once(trained, monkeypatch):
+    opened = []
+    monkeypatch.setattr("fer_nbdev.cli._open", lambda model, tta, first=_open: opened.append(model) or first(model, tta))
+    _fer("evaluate fast --data fer2013.csv --compare run/model")
+    assert opened == ["fast", "run/model"]
+
+
+def test_the_report_of_a_run_is_on_all_faces_that_selected_it(trained):
+    "Where these are those of both tests, however the recipe spells it."
+    folder, _ = trained
+    shutil.copytree(folder / "run", folder / "both")
+    read_recipe(folder / "run/recipe.yaml").set(["valid=public+private"]).write(folder / "both/recipe.yaml")
+    for run, split in dict(run="PrivateTest", both="PublicTest+PrivateTest").items():
+        _report(folder / run, read_fer2013("fer2013.csv"))
+        assert set(json.loads((folder / run / "report/scores.json").read_text())["about"]["split"].split("+")) == set(split.split("+"))
 
 
 def test_options_of_predicting_reach_the_predictor(trained):
