@@ -210,6 +210,7 @@ def _print_answer(image, preds, as_json, as_csv):
 def _predict_here(images, workers, as_json, as_csv, annotate, latency, **settings):
     "What `fer predict` does in this process: answers are printed as they come."
     from fer_nbdev.inference import _COLUMNS, Predictor
+    _check_folder("--annotate", annotate)
     predictor, done = Predictor(**settings), []
     if annotate: annotate.mkdir(parents=True, exist_ok=True)
     if as_csv: _begin_csv([*_COLUMNS, *predictor.classes])
@@ -255,6 +256,16 @@ def _predict_ray(images, files_from, out, **settings):
 _Model = Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.")]
 _Data = Annotated[Path | None, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the GPU where there is one.")]
+
+def _check_folder(option, path):
+    "Raise `ValueError` where a file is in the place of a folder that a command shall write."
+    if path and path.exists() and not path.is_dir(): raise ValueError(f"{option} {path} is a file: expected a folder")
+
+def _check_device(device):
+    "Raise `ValueError` for a device that torch has never heard of; whether it is there is asked later."
+    import torch
+    try: torch.device(device or "cpu")
+    except RuntimeError: raise ValueError(f"device={device!r} cannot be used here: expected cpu, cuda or mps, or cuda:1 for the second GPU") from None
 
 # %% ../nbs/14_cli.ipynb #a96653de
 @app.command()
@@ -425,6 +436,7 @@ def prepare(
     Examples: `fer prepare fer2013.csv faces` · `fer prepare fer2013.csv four --classes angry,happy,neutral,sad --merge-test`
     """
     from fer_nbdev.data import class_counts, to_folders
+    _check_folder("OUT", out)
     table = _read_data(source, classes)
     to_folders(table, out, merge_test, progress=sys.stderr.isatty())
     for usage, counts in class_counts(table).items(): print(f"{usage}: " + ", ".join(f"{c} {n:,}" for c, n in counts.items()))
@@ -456,6 +468,7 @@ def train(
     from fer_nbdev.recipe import list_recipes
     from fer_nbdev.train import train as run
     if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
+    _check_device(device)
     r = _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
     table = _train_data(data, votes, translate)
     try: run(r, table, out, resume=resume, device=device, track=track)
@@ -490,7 +503,9 @@ def tune(
     require("fastai", "train")
     require("optuna", "scale")
     from fer_nbdev.tune import tune as run
+    _check_device(device)
     if resume and not (out/"search.json").exists(): raise ValueError(f"there is no search in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
+    if not (resume or search): raise ValueError("nothing to search: name a field and what to try with --search, as in --search lr=log:1e-3:1e-1 or --search optimizer=adam,sgd")
     if resume and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")
     start = None if resume else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings)
     run(start, _train_data(data), search, out, trials, resume, device)
@@ -508,6 +523,8 @@ def _train_data(data, votes=None, translate=False):
 def _train_recipe(out, recipe, default, settings, resume=False, classes=None, teachers=None):
     "The recipe of a new run; None where the run in `out` is resumed with its own."
     from fastai.torch_core import num_distrib
+    from fer_nbdev.cards import find_model
+    _check_folder("--out", out)
     from fer_nbdev.recipe import read_recipe
     if resume and not (out/"run.json").exists():
         if not num_distrib(): raise ValueError(f"there is no run in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
@@ -515,6 +532,7 @@ def _train_recipe(out, recipe, default, settings, resume=False, classes=None, te
         if recipe or settings or classes or teachers: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set, --classes and --teacher out, or choose another --out")
         return None
     asked = [f"classes=[{classes}]"]*bool(classes) + [f"teachers={json.dumps(teachers)}"]*bool(teachers)
+    for name in teachers or []: find_model(name)  # raises
     return read_recipe(recipe or default).set([*(settings or []), *asked])
 
 def _report(run, table):
@@ -555,6 +573,7 @@ def evaluate(
     require("sklearn", "train")
     from fer_nbdev.evaluate import evaluate_model
     from fer_nbdev.report import write_report
+    _check_folder("--out", out)
     split_names(split)  # raises: what is wrong at once is said before the data is read
     opened, second = _open(model, tta), _open(compare, tta) if compare else None
     table = _read_data(data)
@@ -644,8 +663,11 @@ def export(
     from fer_nbdev.cards import bundled_models
     from fer_nbdev.ensemble import export_ensemble
     from fer_nbdev.export import calibrate_model, export_run, export_weights, quantize_model
+    _check_folder("OUT", out)
+    if checkpoint not in bundled_models() and not Path(checkpoint).exists():
+        raise ValueError(f"there is no run, model folder or file {checkpoint!r}, and no bundled model of that name: these are {', '.join(bundled_models())}")
+    if int8 and not data: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
     table, weights = _read_data(data) if data else None, "int8" if int8 else "float32" if float32 else "float16"
-    if int8 and table is None: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
     about: dict[str, Any] = {} if licence is None else dict(licence=licence)
     if others: return _print_card(export_ensemble([checkpoint, *others], out, table, **about), out)
     if checkpoint in bundled_models() or Path(checkpoint, "card.json").is_file():

@@ -12,6 +12,7 @@ from _tables import write_csv
 pytest.importorskip("fastai")
 from typer.testing import CliRunner
 
+from fer_nbdev.cards import bundled_models
 from fer_nbdev.cli import _open, _report, _train_recipe, app
 from fer_nbdev.core import sample_portrait
 from fer_nbdev.data import read_fer2013, synthetic_faces
@@ -217,6 +218,20 @@ def test_what_an_option_cannot_do_is_said(trained):
     assert with_card == of_folder
     assert "weights are what they are" in _fer("export fast whole --float32 --data fer2013.csv", code=2)
     assert "device='abacus' cannot be used here" in _fer("train --data fer2013.csv --recipe synthetic --device abacus --out nothing", code=2)
+
+
+def test_what_is_wrong_is_said_with_what_would_be_right(trained):
+    "A file in the place of a folder, a name that nobody knows, a slip in a field: before anything is read or written."
+    folder, _ = trained
+    (folder / "notes.txt").write_text("mine")
+    for command in ("predict --annotate", "train --set epochs=1 --out", "tune --search lr=log:1e-3:1e-1 --out", "evaluate fast --data fer2013.csv --out", "export fast", "prepare fer2013.csv"):
+        assert "notes.txt is a file: expected a folder" in _fer(f"{command} notes.txt", code=2)
+    bundled = ", ".join(bundled_models())
+    for line, said in {"export nosuch out": f"there is no run, model folder or file 'nosuch', and no bundled model of that name: these are {bundled}", "train --set epoch=3": "no setting epoch: did you mean epochs? expected among name, about",
+                       "train --set augment.rotatee=3": "did you mean rotate?", "train --device foo": "expected cpu, cuda or mps", "tune --search lr=1:2 --device foo": "expected cpu, cuda or mps",
+                       "tune": "--search lr=log:1e-3:1e-1", "train --teacher nosuch": "unknown model 'nosuch'"}.items():
+        assert said in _fer(line, code=2)
+    assert (folder / "notes.txt").read_text() == "mine" and not (folder / "search").exists()
 
 
 def test_lists_of_files_from_other_systems(trained):
