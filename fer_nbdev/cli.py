@@ -19,11 +19,20 @@ from .core import expand_home, read_image, require, sample_portrait, write_whole
 from .data import IMAGE_SUFFIXES, split_names
 
 # %% ../nbs/14_cli.ipynb #c970b158
-app = typer.Typer(name="fer", help="Facial emotion recognition in photos and videos. `fer COMMAND --help` shows examples.",
+_TRY = """To begin with:
+- `fer predict photo.jpg` # what the faces in a photo show
+- `fer webcam` # the same live
+- `fer serve` # a page in the browser, at http://127.0.0.1:8000
+"""
+_PANELS = ("Use", "Train", "Understand", "Deploy")  # of the commands, in this order
+
+app = typer.Typer(name="fer", help="Facial emotion recognition in photos and videos. `fer COMMAND --help` shows examples.", epilog=_TRY,
                   rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]))
 
 class _Errors(typer.core.TyperGroup):
-    "Print the errors that say what to do as one line, without a traceback."
+    "Print the errors that say what to do as one line, without a traceback. Commands are listed by what they are for."
+    def list_commands(self, ctx): return sorted(self.commands, key=lambda name: _PANELS.index(self.commands[name].rich_help_panel))
+
     def invoke(self, ctx):
         try: return super().invoke(ctx)
         except BrokenPipeError: raise  # `fer predict ... | head`: whoever reads has enough
@@ -268,7 +277,7 @@ def _check_device(device):
     except RuntimeError: raise ValueError(f"device={device!r} cannot be used here: expected cpu, cuda or mps, or cuda:1 for the second GPU") from None
 
 # %% ../nbs/14_cli.ipynb #a96653de
-@app.command()
+@app.command(rich_help_panel="Use")
 def predict(
     images: Annotated[list[str] | None, typer.Argument(help="Files, folders, quoted patterns, or - for an image on standard input. Without any: a sample portrait.")] = None,
     model: _Model = ["accurate"],
@@ -291,9 +300,13 @@ def predict(
 ):
     """Find the faces in images and print the emotion of each.
 
-    Examples: `fer predict photo.jpg` · `fer predict holiday/ --csv > faces.csv` · `fer predict face.png --detector none --json` ·
-    `find . -name "*.jpg" | fer predict --files-from -` · `curl -s URL | fer predict -` ·
-    `fer predict s3://bucket/photos --engine ray --out emotions --workers 8`
+    Examples:
+    - `fer predict photo.jpg` # a bar for every probability
+    - `fer predict holiday --csv > faces.csv` # a row for each face in a folder
+    - `fer predict face.png --detector none --json` # the image is one face
+    - `find . -name "*.jpg" | fer predict --files-from -` # a list of paths
+    - `curl -s URL | fer predict -` # a picture from standard input
+    - `fer predict s3://bucket --engine ray --out emotions` # many at work
     """
     if as_json and as_csv: raise typer.BadParameter("--json and --csv exclude each other")
     settings = dict(model=model, detector=detector, margin=margin, align=align, min_confidence=min_confidence, tta=tta, threads=threads, providers=provider or None)
@@ -339,7 +352,7 @@ def _video_progress(reader):
     return bar()
 
 # %% ../nbs/14_cli.ipynb #0ca4da3c
-@app.command()
+@app.command(rich_help_panel="Use")
 def video(
     source: Annotated[str, typer.Argument(help="A video file, a folder or quoted pattern of images, or an address (http, rtsp).")],
     out: _Out = None, csv_file: _Csv = None, jsonl: _Jsonl = None, timeline: _Timeline = None,
@@ -353,13 +366,17 @@ def video(
 ):
     """Follow the faces of a video and say who showed what, when.
 
-    Examples: `fer video talk.mp4` · `fer video talk.mp4 --out faces.mp4 --csv faces.csv --timeline faces.png` ·
-    `fer video talk.mp4 --start 60 --end 90 --json - | jq .time` · `fer video "frames/*.png" --fps 30 --csv faces.parquet`
+    Examples:
+    - `fer video talk.mp4` # who showed what, and for how long
+    - `fer video talk.mp4 --out faces.mp4` # the video with boxes and labels
+    - `fer video talk.mp4 --csv faces.csv --timeline faces.png` # as a table
+    - `fer video talk.mp4 --end 90 --json - | jq .time` # for a program
+    - `fer video "frames/*.png" --fps 30 --csv faces.csv` # from pictures
     """
     _run_video(source, live, model, detector, min_confidence, jsonl, out=out, table=csv_file, timeline=timeline, start=start, end=end, every=every, smoothing=smoothing, fps=fps, window=window)
 
 # %% ../nbs/14_cli.ipynb #f104af3e
-@app.command()
+@app.command(rich_help_panel="Use")
 def webcam(
     camera: Annotated[int, typer.Argument(min=0, help="Number of the camera.")] = 0,
     out: _Out = None, csv_file: _Csv = None, jsonl: _Jsonl = None, timeline: _Timeline = None,
@@ -370,12 +387,15 @@ def webcam(
 ):
     """Watch a camera: boxes, emotions and probabilities in a window. q or Esc ends, s saves the frame as png.
 
-    Examples: `fer webcam` · `fer webcam 1 --csv faces.csv` · `fer webcam --no-window --json - --seconds 60`
+    Examples:
+    - `fer webcam` # in a window
+    - `fer webcam 1 --csv faces.csv` # the second camera, with a table
+    - `fer webcam --no-window --json - --seconds 60` # a line for each frame
     """
     _run_video(camera, True, model, detector, min_confidence, jsonl, out=out, table=csv_file, timeline=timeline, end=seconds, every=every, smoothing=smoothing, window=window)
 
 # %% ../nbs/14_cli.ipynb #ba304c28
-@app.command()
+@app.command(rich_help_panel="Deploy")
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
@@ -389,7 +409,10 @@ def serve(
 ):
     """Run the web service and its page, until Ctrl-C.
 
-    Examples: `fer serve` · `fer serve --host 0.0.0.0 --token-file tokens.txt` · `fer serve --model accurate --model my_model --no-page`
+    Examples:
+    - `fer serve` # for this machine alone, at http://127.0.0.1:8000
+    - `fer serve --host 0.0.0.0 --token-file tokens.txt` # for all who know a token
+    - `fer serve --model accurate --model mine --no-page` # for programs
     """
     from fer_nbdev.serve import Limits, _check_address, create_app, run_app
     _check_address(host, port)
@@ -404,9 +427,16 @@ def serve(
     run_app(application, host, port)
 
 # %% ../nbs/14_cli.ipynb #78fe1cce
-@app.command()
+@app.command(rich_help_panel="Understand")
 def models():
-    "List the bundled models: accuracy, macro F1 and calibration error on PrivateTest, which selected nothing, and milliseconds per face on one core of the machine that the cards name, alone and in batches of 64."
+    """List the bundled models with their scores and how fast they are.
+
+    Examples:
+    - `fer models` # the table
+    - `fer predict photo.jpg --model fast` # what one of them says
+
+    Accuracy, macro F1 and calibration error (ECE) are those on PrivateTest, which selected nothing; milliseconds per face are those of one core of the machine that the cards name, alone and in batches of 64.
+    """
     from fer_nbdev.cards import bundled_models
     from rich.table import Table
     table = Table("model", "network", "params", "file", "accuracy", "F1", "ECE", "ms", "ms in 64", title="Bundled models: scores on PrivateTest, milliseconds per face on one core", box=None, padding=(0, 1))
@@ -424,7 +454,7 @@ def _read_data(data, classes=None):
     print(table, file=sys.stderr)
     return table
 
-@app.command()
+@app.command(rich_help_panel="Train")
 def prepare(
     source: Annotated[Path, typer.Argument(help="fer2013.csv or icml_face_data.csv (also .gz, .xz, .zip), or class folders.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
@@ -433,7 +463,10 @@ def prepare(
 ):
     """Write FER2013 as png files: train/, val/ and test/ with one folder per class.
 
-    Examples: `fer prepare fer2013.csv faces` · `fer prepare fer2013.csv four --classes angry,happy,neutral,sad --merge-test`
+    Examples:
+    - `fer prepare fer2013.csv faces` # all seven classes
+    - `fer prepare fer2013.csv two --classes happy,sad` # two of them
+    - `fer prepare fer2013.csv kaggle --merge-test` # one folder for testing
     """
     from fer_nbdev.data import class_counts, to_folders
     _check_folder("OUT", out)
@@ -443,7 +476,7 @@ def prepare(
     print(f"{len(table):,} faces written to {out}")
 
 # %% ../nbs/14_cli.ipynb #3d94ab24
-@app.command()
+@app.command(rich_help_panel="Train")
 def train(
     data: _Data = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("run"),
@@ -460,31 +493,41 @@ def train(
 ):
     """Train a network by a recipe, export it, score it, and write a report.
 
-    Examples: `fer train --data fer2013.csv --recipe four_class --set epochs=5` · `fer train --data fer2013.csv --recipe fast --teacher accurate`.
-    Every recipe is one yaml file; to write your own, copy the `recipe.yaml` of any run, edit it, and name it in `--recipe`.
-    Killed? The same command with `--resume` loses at most the epoch it was in.
+    Examples:
+    - `fer train` # the whole path on drawn faces, in about a minute
+    - `fer train --data fer2013.csv` # by the recipe of the bundled model
+    - `fer train --data fer2013.csv --recipe four_class --set epochs=5`
+    - `fer train --data fer2013.csv --recipe fast --teacher accurate`
+    - `fer train --data fer2013.csv --resume` # goes on where it was killed
+    - `fer train --list` # what the recipes are for
+
+    A recipe is one yaml file; to write your own, copy the `recipe.yaml` of any run, edit it, and name it in `--recipe`.
     """
     require("fastai", "train")
     from fer_nbdev.recipe import list_recipes
-    from fer_nbdev.train import train as run
     if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
     _check_device(device)
     r = _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
-    table = _train_data(data, votes, translate)
-    try: run(r, table, out, resume=resume, device=device, track=track)
+    _run_training(r, _train_data(data, votes, translate), out, resume, device, track)
+
+# %% ../nbs/14_cli.ipynb #d0f2d417
+def _run_training(recipe, table, out, resume, device, track):
+    "Train, export, score and report."
+    from fastai.torch_core import rank_distrib
+    from fer_nbdev.export import export_run
+    from fer_nbdev.train import train as run
+    try: run(recipe, table, out, resume=resume, device=device, track=track)
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
         raise typer.Exit(130) from None
-    from fastai.torch_core import rank_distrib
     if rank_distrib():  # of several processes the first goes on; the others end here, without taking native threads down one by one, by which PyTorch aborts now and then
         sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
-    from fer_nbdev.export import export_run
     _print_card(export_run(out, out/"model", table), out/"model")
     _report(out, table)
     print(f"curves: {out/'curves.png'}\ntry it: fer predict --model {out/'model'}")
 
 # %% ../nbs/14_cli.ipynb #b6387690
-@app.command()
+@app.command(rich_help_panel="Train")
 def tune(
     data: _Data = None,
     search: Annotated[list[str] | None, typer.Option(help="A field and what to try: lr=log:1e-3:1e-1, bs=32:128, optimizer=adam,sgd. Repeatable.")] = None,
@@ -497,8 +540,12 @@ def tune(
 ):
     """Search the best values for fields of a recipe: many trainings, the hopeless ones given up early.
 
-    Example: `fer tune --data fer2013.csv --search lr=log:1e-3:1e-1 --search wd=log:1e-5:1e-3 --set epochs=9`. Scores are those of
-    PublicTest; PrivateTest is not read. Killed? `--resume` and the same `--data` lose at most the epoch it was in.
+    Examples:
+    - `fer tune --data fer2013.csv --search lr=log:1e-3:1e-1 --set epochs=9`
+    - `fer tune --data fer2013.csv --search bs=32:128 --search optimizer=adam,sgd`
+    - `fer tune --data fer2013.csv --resume` # goes on where it was killed
+
+    Scores are those of PublicTest; PrivateTest is not read.
     """
     require("fastai", "train")
     require("optuna", "scale")
@@ -555,7 +602,7 @@ def _print_card(card, out):
     print(f"model: {out}")
 
 # %% ../nbs/14_cli.ipynb #7bbc9e90
-@app.command()
+@app.command(rich_help_panel="Understand")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundled model, a model folder or an ONNX file.")],
     data: Annotated[Path, typer.Option(help="FER2013: a csv or class folders.")],
@@ -568,7 +615,11 @@ def evaluate(
 ):
     """Score a model on one split, beside what its card says, and time it.
 
-    Examples: `fer evaluate accurate --data fer2013.csv --out report`, then open `report/report.html` · `fer evaluate fast --data fer2013.csv --robustness`
+    Examples:
+    - `fer evaluate accurate --data fer2013.csv` # scores on PrivateTest
+    - `fer evaluate accurate --data fer2013.csv --out report` # an html page
+    - `fer evaluate fast --data fer2013.csv --compare accurate` # which is better
+    - `fer evaluate fast --data fer2013.csv --robustness` # on damaged faces
     """
     require("sklearn", "train")
     from fer_nbdev.evaluate import evaluate_model
@@ -644,7 +695,7 @@ def _print_scores(s, title):
     print(f"accuracy {s['accuracy']:.2%}  macro F1 {s['macro_f1']:.3f}  log loss {s['log_loss']:.3f}  ECE {s['ece']:.3f}  ({s['n']:,} faces)")
 
 # %% ../nbs/14_cli.ipynb #8e5a2318
-@app.command()
+@app.command(rich_help_panel="Deploy")
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.")],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
@@ -654,9 +705,15 @@ def export(
     others: Annotated[list[str] | None, typer.Option("--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.")] = None,
     licence: Annotated[str | None, typer.Option(help="Under which terms the model may be used, for its card: Apache-2.0, say.")] = None,
 ):
-    """Write a model folder, `model.onnx` and `card.json`, and check it against the network it came from; or calibrate a finished model on faces of your own, or join several.
+    """Write a model folder of a run; or calibrate a finished model, or join several.
 
-    Examples: `fer export run model --data fer2013.csv` · `fer export run small --data fer2013.csv --int8` · `fer export accurate mine --data faces` · `fer export run_1/model joint --with run_2/model --data fer2013.csv`
+    Examples:
+    - `fer export run model --data fer2013.csv` # a model of a run
+    - `fer export run small --data fer2013.csv --int8` # with small weights
+    - `fer export accurate mine --data faces` # calibrated on faces of your own
+    - `fer export run_1/model joint --with run_2/model` # one model of two
+
+    A model folder holds `model.onnx` and `card.json`. It is checked against the network that it came from.
     """
     if int8 + float32 + bool(others) > 1: raise typer.BadParameter("--int8, --float32 and --with exclude each other")
     require("fastai", "train")

@@ -1,12 +1,16 @@
 """The commands one after the other, as a user types them: a csv becomes a run, a model, a report and a second export."""
 import csv
+import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
+import typer
 from _tables import write_csv
 
 pytest.importorskip("fastai")
@@ -132,6 +136,30 @@ def test_the_report_of_a_run_is_on_all_faces_that_selected_it(trained):
     for run, split in dict(run="PrivateTest", both="PublicTest+PrivateTest").items():
         _report(folder / run, read_fer2013("fer2013.csv"))
         assert set(json.loads((folder / run / "report/scores.json").read_text())["about"]["split"].split("+")) == set(split.split("+"))
+
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_has_examples_that_can_be_typed(name, tmp_path, monkeypatch):
+    "Each is on a line of its own where the terminal has 80 columns, is a command of this program, and its options and arguments are known."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens.txt").touch()
+    text = COMMANDS[name].help if name else app.info.epilog
+    examples = re.findall(r"^\s*- `(.+)`", text, re.M)
+    assert any(e.startswith(f"fer {name}") for e in examples) and " · " not in text
+    shown = CliRunner().invoke(app, [*name.split(), "--help"], env=dict(COLUMNS="80", TERM="dumb", NO_COLOR="1")).output
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).strip() for line in shown.splitlines()]
+    assert not [e for e in examples if not any(line.startswith(f"• {e}") for line in lines)], shown
+    for words in (shlex.split(part.partition(">")[0]) for e in examples for part in e.split("|")):
+        if words[0] == "fer":
+            COMMANDS[words[1]].make_context(words[1], words[2:])
+
+
+def test_commands_are_listed_by_what_they_are_for():
+    listed = typer.main.get_command(app).list_commands(None)
+    assert sorted(listed) == sorted(COMMANDS) and [k for k, _ in itertools.groupby(listed, lambda name: COMMANDS[name].rich_help_panel)] == ["Use", "Train", "Understand", "Deploy"]
 
 
 def test_options_of_predicting_reach_the_predictor(trained):
