@@ -262,7 +262,29 @@ def _predict_ray(images, files_from, out, **settings):
     if summary.failed: raise typer.Exit(1)
 
 # %% ../nbs/14_cli.ipynb #64a7b6b6
-_Model = Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.")]
+def _completed(names):
+    "What a shell asks for the rest of a word: one of these names, or nothing, and then it offers files."
+    def complete(incomplete: str): return [name for name in names() if name.startswith(incomplete)]
+    return dict(autocompletion=complete)
+
+def _model_names():
+    from fer_nbdev.cards import bundled_models
+    return [*bundled_models()]
+
+def _recipe_names():
+    from fer_nbdev.cards import weights_folder
+    return sorted(path.stem for path in weights_folder().parent.glob("recipes/*.yaml"))
+
+def _detector_names(): return ["auto", "haar", "yunet"]
+
+def _provider_names():
+    from fer_nbdev.classify import _PROVIDERS
+    return [*_PROVIDERS]
+
+def _split_names(): return ["private", "public", "train"]
+
+_Model = Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.", **_completed(_model_names))]
+_Recipe = Annotated[str | None, typer.Option(help="A bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.", **_completed(_recipe_names))]
 _Data = Annotated[Path | None, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the GPU where there is one.")]
 
@@ -281,13 +303,13 @@ def _check_device(device):
 def predict(
     images: Annotated[list[str] | None, typer.Argument(help="Files, folders, quoted patterns, or - for an image on standard input. Without any: a sample portrait.")] = None,
     model: _Model = ["accurate"],
-    detector: Annotated[str, typer.Option(help="auto, haar, yunet, the path of a YuNet model, or none: every image is one face.")] = "auto",
+    detector: Annotated[str, typer.Option(help="auto, haar, yunet, the path of a YuNet model, or none: every image is one face.", **_completed(lambda: [*_detector_names(), "none"]))] = "auto",
     margin: Annotated[float | None, typer.Option(help="What to add around a face, as a part of its box. Default: as the models were trained.")] = None,
     align: Annotated[bool, typer.Option("--align", help="Turn faces upright by the eyes; needs yunet.")] = False,
     min_confidence: Annotated[float, typer.Option(min=0, max=1, help="Below this probability the answer is: uncertain.")] = 0.,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views: a little better, ten times slower.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of the network. Default: the usable cores, at most 4.")] = None,
-    provider: Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, coreml, openvino, directml. Repeatable.")] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, coreml, openvino, directml. Repeatable.", **_completed(_provider_names))] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read images and find faces; with --engine ray: processes. Default: the usable cores.")] = None,
     files_from: Annotated[Path | None, typer.Option(help="Read more paths from this file, one per line; - for standard input.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image.")] = False,
@@ -315,7 +337,7 @@ def predict(
     _predict_here(_arguments(images, files_from), workers, as_json, as_csv, annotate, latency, **settings)
 
 # %% ../nbs/14_cli.ipynb #89831f2c
-_Detector = Annotated[str, typer.Option(help="auto, haar, yunet, or the path of a YuNet model.")]
+_Detector = Annotated[str, typer.Option(help="auto, haar, yunet, or the path of a YuNet model.", **_completed(_detector_names))]
 _Every = Annotated[int, typer.Option(min=1, help="Look for faces in every Nth frame; in between they are followed.")]
 _Smoothing = Annotated[float, typer.Option(min=0, help="Time constant of the smoothing, in seconds; 0 for none.")]
 _MinConfidence = Annotated[float, typer.Option(min=0, max=1, help="Below this probability the label is: uncertain.")]
@@ -399,7 +421,7 @@ def webcam(
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
-    model: Annotated[list[str] | None, typer.Option(help="Bundled model or model folder; may be repeated, the first is the default. All bundled ones where none is given.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Bundled model or model folder; may be repeated, the first is the default. All bundled ones where none is given.", **_completed(_model_names))] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with one token per line: only clients that know one are answered. The variable FER_TOKENS does the same, with commas.", exists=True, dir_okay=False)] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origin whose pages may ask from a browser, such as https://example.org; may be repeated.")] = None,
     page: Annotated[bool, typer.Option(help="The page for people at /, beside the API.")] = True,
@@ -480,12 +502,12 @@ def prepare(
 def train(
     data: _Data = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("run"),
-    recipe: Annotated[str | None, typer.Option(help="A bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.")] = None,
+    recipe: _Recipe = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field: --set epochs=3 --set augment.rotate=20. Repeatable.")] = None,
     classes: Annotated[str | None, typer.Option(help="Train on these classes only, separated by commas.")] = None,
     votes: Annotated[Path | None, typer.Option(help="fer2013new.csv of FER+: train on its votes instead of single labels; --set soft_share=.5 on half of each.")] = None,
     translate: Annotated[bool, typer.Option("--translate", help="Of the votes take how likely each label of FER2013 is for a face with such votes.")] = False,
-    teacher: Annotated[list[str] | None, typer.Option(help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.", **_completed(_model_names))] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; under torchrun, which starts the same command again, begin it where there is none.")] = False,
     track: Annotated[str | None, typer.Option(help="Also write to an experiment tracker: tensorboard or wandb.")] = None,
     device: _Device = None,
@@ -531,7 +553,7 @@ def _run_training(recipe, table, out, resume, device, track):
 def tune(
     data: _Data = None,
     search: Annotated[list[str] | None, typer.Option(help="A field and what to try: lr=log:1e-3:1e-1, bs=32:128, optimizer=adam,sgd. Repeatable.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Where to start: a bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.")] = None,
+    recipe: _Recipe = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field for all trials: --set epochs=9. Repeatable.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Trials in all, those before a resume included.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder of the search.")] = Path("search"),
@@ -604,10 +626,10 @@ def _print_card(card, out):
 # %% ../nbs/14_cli.ipynb #7bbc9e90
 @app.command(rich_help_panel="Understand")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A bundled model, a model folder or an ONNX file.")],
+    model: Annotated[str, typer.Argument(help="A bundled model, a model folder or an ONNX file.", **_completed(_model_names))],
     data: Annotated[Path, typer.Option(help="FER2013: a csv or class folders.")],
-    split: Annotated[str, typer.Option(help="private, public or train; several joined by +.")] = "private",
-    compare: Annotated[str | None, typer.Option(help="A second model, compared on the same faces.")] = None,
+    split: Annotated[str, typer.Option(help="private, public or train; several joined by +.", **_completed(_split_names))] = "private",
+    compare: Annotated[str | None, typer.Option(help="A second model, compared on the same faces.", **_completed(_model_names))] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report: one html page with all pictures, scores.json, predictions.csv.")] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views.")] = False,
     robustness: Annotated[bool, typer.Option("--robustness", help="Also damage the faces in nine ways at five strengths each: takes 46 times as long.")] = False,
@@ -697,12 +719,12 @@ def _print_scores(s, title):
 # %% ../nbs/14_cli.ipynb #8e5a2318
 @app.command(rich_help_panel="Deploy")
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.", **_completed(_model_names))],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
     data: Annotated[Path | None, typer.Option(help="A csv or class folders: PublicTest, or val, calibrates the probabilities, and the test splits are scored; --int8 needs training faces too.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights and activations of eight bits: smaller, and faster on most processors.")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="Weights as they were trained. Default: float16, half the size.")] = False,
-    others: Annotated[list[str] | None, typer.Option("--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.")] = None,
+    others: Annotated[list[str] | None, typer.Option("--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.", **_completed(_model_names))] = None,
     licence: Annotated[str | None, typer.Option(help="Under which terms the model may be used, for its card: Apache-2.0, say.")] = None,
 ):
     """Write a model folder of a run; or calibrate a finished model, or join several.

@@ -162,6 +162,20 @@ def test_commands_are_listed_by_what_they_are_for():
     assert sorted(listed) == sorted(COMMANDS) and [k for k, _ in itertools.groupby(listed, lambda name: COMMANDS[name].rich_help_panel)] == ["Use", "Train", "Understand", "Deploy"]
 
 
+def test_the_shell_completes_names_without_waiting_for_torch(tmp_path):
+    "As bash asks for them; where no name fits, the answer is empty, and bash offers files."
+    code = "import sys, atexit; sys.argv = ['fer']; atexit.register(lambda: print([m for m in ('torch', 'onnxruntime', 'fastai', 'sklearn') if m in sys.modules])); from fer_nbdev.cli import main; main()"
+    def completed(line):
+        env = {**os.environ, "_FER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+        *names, heavy = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert heavy == "[]", heavy
+        return [name for name in names if name]
+    assert completed("fer train --recipe ") == [*list_recipes()] and completed("fer tune --recipe four") == ["four_class"]
+    assert completed("fer evaluate ") == completed("fer predict --model ") == [*bundled_models()]
+    assert completed("fer predict --detector ") == ["auto", "haar", "yunet", "none"] and completed("fer predict --provider open") == ["openvino"]
+    assert completed("fer evaluate fast --split p") == ["private", "public"] and completed("fer train --recipe my_own") == []
+
+
 def test_options_of_predicting_reach_the_predictor(trained):
     portrait = str(sample_portrait())
     for options, settings in {"": {}, "--margin .2": dict(margin=.2), "--tta": dict(tta=True), "--threads 1 --provider cpu": dict(threads=1, providers=["cpu"])}.items():
