@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from unicodedata import normalize
 
+import numpy as np
 import typer
 
 from .core import expand_home, read_image, require, sample_portrait, write_whole
@@ -137,11 +138,11 @@ def _console(err=False):
     from rich.console import Console
     return Console(stderr=err, force_jupyter=False)
 
-def _progress(items, total, on):
+def _progress(items, total, on=True, what="Predicting"):
     "Items with a progress bar on stderr, where that is a terminal."
     if not on or not sys.stderr.isatty(): return items
     from rich.progress import track
-    return track(items, description="Predicting", total=total, console=_console(err=True))
+    return track(items, description=what, total=total, console=_console(err=True))
 
 def _annotate(out, picture, name, preds):
     "Save the picture with boxes, labels and probability bars as `<out>/<name>.png`; never over another one of this call."
@@ -536,9 +537,10 @@ def train(
 def _run_training(recipe, table, out, resume, device, track):
     "Train, export, score and report."
     from fastai.torch_core import rank_distrib
+    from fer_nbdev.callbacks import Announce
     from fer_nbdev.export import export_run
     from fer_nbdev.train import train as run
-    try: run(recipe, table, out, resume=resume, device=device, track=track)
+    try: run(recipe, table, out, resume=resume, device=device, track=track, cbs=[Announce(out)])
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -650,8 +652,8 @@ def evaluate(
     split_names(split)  # raises: what is wrong at once is said before the data is read
     opened, second = _open(model, tta), _open(compare, tta) if compare else None
     table = _read_data(data)
-    e = evaluate_model(opened, table, split)
-    other = evaluate_model(second, table, split) if second else None
+    e = evaluate_model(_Watched(opened) if tta else opened, table, split)
+    other = evaluate_model(_Watched(second) if tta else second, table, split) if second else None
     found = write_report(out, e, other) if out else e.to_dict(other)
     damaged = _damage(opened, table, split, out) if robustness else None
     if damaged: found = found | dict(robustness=damaged.to_dict())
@@ -666,7 +668,7 @@ def evaluate(
 def _damage(model, table, split, out):
     "What is left under every damage; in the folder of a report also as JSON and as curves."
     from fer_nbdev.robustness import evaluate_robustness, plot_robustness
-    damaged = evaluate_robustness(model, table, split)
+    damaged = evaluate_robustness(model, table, split, progress=lambda settings: _progress(settings, len(settings), what="Damaging"))
     if out:
         with write_whole(out/"robustness.json") as tmp: tmp.write_text(json.dumps(damaged.to_dict()), encoding="utf-8")
         with write_whole(out/"robustness.png") as tmp: plot_robustness(damaged)[0, 0].figure.savefig(tmp, format="png", dpi=110)
@@ -691,6 +693,15 @@ def _open(model, tta):
         if not Path(model).is_file(): raise FileNotFoundError(f"there is no ONNX file {model!r}")
         return model
     return Predictor(folder or model, tta=tta)
+
+class _Watched:
+    "A predictor with a progress bar, where it is asked about many faces."
+    def __init__(self, predictor): self.predictor = predictor
+    def __getattr__(self, name): return getattr(self.predictor, name)
+
+    def predict_faces(self, faces):
+        parts = [faces[i:i+256] for i in range(0, len(faces), 256)]
+        return np.concatenate([self.predictor.predict_faces(p) for p in _progress(parts, len(parts), on=len(parts) > 1)])
 
 def _print_comparison(c, e, other):
     "Which of two models is better, and whether that is more than chance."

@@ -17,7 +17,7 @@ pytest.importorskip("fastai")
 from typer.testing import CliRunner
 
 from fer_nbdev.cards import bundled_models
-from fer_nbdev.cli import _open, _report, _train_recipe, app
+from fer_nbdev.cli import _Watched, _open, _report, _train_recipe, app
 from fer_nbdev.core import sample_portrait
 from fer_nbdev.data import read_fer2013, synthetic_faces
 from fer_nbdev.evaluate import evaluate_model
@@ -50,6 +50,29 @@ def test_training_leaves_a_model_and_its_report(trained):
     assert f"PrivateTest: accuracy {card['scores']['PrivateTest']['accuracy']:.1%}" in said
     assert {p.name for p in (folder / "run").iterdir()} >= {"recipe.yaml", "run.json", "history.csv", "history.json", "curves.png", "best.safetensors", "last.safetensors", "model", "report"}
     assert json.loads(_fer("predict --model run/model --json"))["faces"][0]["emotion"] in card["classes"]
+
+
+def test_training_says_first_what_it_is_about_to_do(trained):
+    folder, said = trained
+    about = json.loads((folder / "run/run.json").read_text())
+    line = rf"synthetic: {about['recipe']['arch']}, {about['n_params']:,} parameters, 2 epochs on (cpu|cuda\S*|mps\S*) in (bf16|fp32); folder {re.escape(str(folder))}/run "
+    assert re.search(line, said[:said.index("train_loss")]), said
+
+
+def test_what_takes_long_shows_how_far_it_is(trained, monkeypatch):
+    "The damages one by one, and ten views of many faces in parts, which answer what the whole would."
+    seen = []
+    def progress(items, total, on=True, what=""):
+        seen.append((what, total, on))
+        return items
+    monkeypatch.setattr("fer_nbdev.cli._progress", progress)
+    _fer("evaluate fast --data fer2013.csv --robustness")
+    assert seen == [("Damaging", 45, True)]
+    seen.clear()
+    _fer("evaluate fast --data fer2013.csv --tta")
+    assert seen == [("", 1, False)]  # few faces need no bar
+    faces, predictor = synthetic_faces(600).pixels, Predictor("fast", tta=True)
+    assert _Watched(predictor).predict_faces(faces) == pytest.approx(predictor.predict_faces(faces), abs=1e-5) and seen[-1] == ("", 3, True)
 
 
 def test_a_model_is_evaluated_exported_again_and_compared(trained):
