@@ -13,17 +13,27 @@ from pathlib import Path
 from typing import Annotated, Any
 from unicodedata import normalize
 
+import numpy as np
 import typer
 
 from .core import expand_home, read_image, require, sample_portrait, write_whole
-from .data import IMAGE_SUFFIXES
+from .data import IMAGE_SUFFIXES, split_names
 
 # %% ../nbs/14_cli.ipynb #c970b158
-app = typer.Typer(name="fer", help="Facial emotion recognition in photos and videos. `fer COMMAND --help` shows examples.",
+_TRY = """To begin with:
+- `fer predict photo.jpg` # what the faces in a photo show
+- `fer webcam` # the same live
+- `fer serve` # a page in the browser, at http://127.0.0.1:8000
+"""
+_PANELS = ("Use", "Train", "Understand", "Deploy")  # of the commands, in this order
+
+app = typer.Typer(name="fer", help="Facial emotion recognition in photos and videos. `fer COMMAND --help` shows examples.", epilog=_TRY,
                   rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]))
 
 class _Errors(typer.core.TyperGroup):
-    "Print the errors that say what to do as one line, without a traceback."
+    "Print the errors that say what to do as one line, without a traceback. Commands are listed by what they are for."
+    def list_commands(self, ctx): return sorted(self.commands, key=lambda name: _PANELS.index(self.commands[name].rich_help_panel))
+
     def invoke(self, ctx):
         try: return super().invoke(ctx)
         except BrokenPipeError: raise  # `fer predict ... | head`: whoever reads has enough
@@ -128,11 +138,11 @@ def _console(err=False):
     from rich.console import Console
     return Console(stderr=err, force_jupyter=False)
 
-def _progress(items, total, on):
+def _progress(items, total, on=True, what="Predicting"):
     "Items with a progress bar on stderr, where that is a terminal."
     if not on or not sys.stderr.isatty(): return items
     from rich.progress import track
-    return track(items, description="Predicting", total=total, console=_console(err=True))
+    return track(items, description=what, total=total, console=_console(err=True))
 
 def _annotate(out, picture, name, preds):
     "Save the picture with boxes, labels and probability bars as `<out>/<name>.png`; never over another one of this call."
@@ -210,6 +220,7 @@ def _print_answer(image, preds, as_json, as_csv):
 def _predict_here(images, workers, as_json, as_csv, annotate, latency, **settings):
     "What `fer predict` does in this process: answers are printed as they come."
     from fer_nbdev.inference import _COLUMNS, Predictor
+    _check_folder("--annotate", annotate)
     predictor, done = Predictor(**settings), []
     if annotate: annotate.mkdir(parents=True, exist_ok=True)
     if as_csv: _begin_csv([*_COLUMNS, *predictor.classes])
@@ -251,18 +262,55 @@ def _predict_ray(images, files_from, out, **settings):
     print(summary)
     if summary.failed: raise typer.Exit(1)
 
+# %% ../nbs/14_cli.ipynb #64a7b6b6
+def _completed(names):
+    "What a shell asks for the rest of a word: one of these names, or nothing, and then it offers files."
+    def complete(incomplete: str): return [name for name in names() if name.startswith(incomplete)]
+    return dict(autocompletion=complete)
+
+def _model_names():
+    from fer_nbdev.cards import bundled_models
+    return [*bundled_models()]
+
+def _recipe_names():
+    from fer_nbdev.cards import weights_folder
+    return sorted(path.stem for path in weights_folder().parent.glob("recipes/*.yaml"))
+
+def _detector_names(): return ["auto", "haar", "yunet"]
+
+def _provider_names():
+    from fer_nbdev.classify import _PROVIDERS
+    return [*_PROVIDERS]
+
+def _split_names(): return ["private", "public", "train"]
+
+_Model = Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.", **_completed(_model_names))]
+_Recipe = Annotated[str | None, typer.Option(help="A bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.", **_completed(_recipe_names))]
+_Data = Annotated[Path | None, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the GPU where there is one.")]
+
+def _check_folder(option, path):
+    "Raise `ValueError` where a file is in the place of a folder that a command shall write."
+    if path and path.exists() and not path.is_dir(): raise ValueError(f"{option} {path} is a file: expected a folder")
+
+def _check_device(device):
+    "Raise `ValueError` for a device that torch has never heard of; whether it is there is asked later."
+    import torch
+    try: torch.device(device or "cpu")
+    except RuntimeError: raise ValueError(f"device={device!r} cannot be used here: expected cpu, cuda or mps, or cuda:1 for the second GPU") from None
+
 # %% ../nbs/14_cli.ipynb #a96653de
-@app.command()
+@app.command(rich_help_panel="Use")
 def predict(
     images: Annotated[list[str] | None, typer.Argument(help="Files, folders, quoted patterns, or - for an image on standard input. Without any: a sample portrait.")] = None,
-    model: Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.")] = ["accurate"],
-    detector: Annotated[str, typer.Option(help="auto, haar, yunet, the path of a YuNet model, or none: every image is one face.")] = "auto",
+    model: _Model = ["accurate"],
+    detector: Annotated[str, typer.Option(help="auto, haar, yunet, the path of a YuNet model, or none: every image is one face.", **_completed(lambda: [*_detector_names(), "none"]))] = "auto",
     margin: Annotated[float | None, typer.Option(help="What to add around a face, as a part of its box. Default: as the models were trained.")] = None,
     align: Annotated[bool, typer.Option("--align", help="Turn faces upright by the eyes; needs yunet.")] = False,
     min_confidence: Annotated[float, typer.Option(min=0, max=1, help="Below this probability the answer is: uncertain.")] = 0.,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views: a little better, ten times slower.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of the network. Default: the usable cores, at most 4.")] = None,
-    provider: Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, coreml, openvino, directml. Repeatable.")] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, coreml, openvino, directml. Repeatable.", **_completed(_provider_names))] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read images and find faces; with --engine ray: processes. Default: the usable cores.")] = None,
     files_from: Annotated[Path | None, typer.Option(help="Read more paths from this file, one per line; - for standard input.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image.")] = False,
@@ -275,9 +323,13 @@ def predict(
 ):
     """Find the faces in images and print the emotion of each.
 
-    Examples: `fer predict photo.jpg` · `fer predict holiday/ --csv > faces.csv` · `fer predict face.png --detector none --json` ·
-    `find . -name "*.jpg" | fer predict --files-from -` · `curl -s URL | fer predict -` ·
-    `fer predict s3://bucket/photos --engine ray --out emotions --workers 8`
+    Examples:
+    - `fer predict photo.jpg` # a bar for every probability
+    - `fer predict holiday --csv > faces.csv` # a row for each face in a folder
+    - `fer predict face.png --detector none --json` # the image is one face
+    - `find . -name "*.jpg" | fer predict --files-from -` # a list of paths
+    - `curl -s URL | fer predict -` # a picture from standard input
+    - `fer predict s3://bucket --engine ray --out emotions` # many at work
     """
     if as_json and as_csv: raise typer.BadParameter("--json and --csv exclude each other")
     settings = dict(model=model, detector=detector, margin=margin, align=align, min_confidence=min_confidence, tta=tta, threads=threads, providers=provider or None)
@@ -286,8 +338,7 @@ def predict(
     _predict_here(_arguments(images, files_from), workers, as_json, as_csv, annotate, latency, **settings)
 
 # %% ../nbs/14_cli.ipynb #89831f2c
-_Model = Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.")]
-_Detector = Annotated[str, typer.Option(help="auto, haar, yunet, or the path of a YuNet model.")]
+_Detector = Annotated[str, typer.Option(help="auto, haar, yunet, or the path of a YuNet model.", **_completed(_detector_names))]
 _Every = Annotated[int, typer.Option(min=1, help="Look for faces in every Nth frame; in between they are followed.")]
 _Smoothing = Annotated[float, typer.Option(min=0, help="Time constant of the smoothing, in seconds; 0 for none.")]
 _MinConfidence = Annotated[float, typer.Option(min=0, max=1, help="Below this probability the label is: uncertain.")]
@@ -324,7 +375,7 @@ def _video_progress(reader):
     return bar()
 
 # %% ../nbs/14_cli.ipynb #0ca4da3c
-@app.command()
+@app.command(rich_help_panel="Use")
 def video(
     source: Annotated[str, typer.Argument(help="A video file, a folder or quoted pattern of images, or an address (http, rtsp).")],
     out: _Out = None, csv_file: _Csv = None, jsonl: _Jsonl = None, timeline: _Timeline = None,
@@ -338,13 +389,17 @@ def video(
 ):
     """Follow the faces of a video and say who showed what, when.
 
-    Examples: `fer video talk.mp4` · `fer video talk.mp4 --out faces.mp4 --csv faces.csv --timeline faces.png` ·
-    `fer video talk.mp4 --start 60 --end 90 --json - | jq .time` · `fer video "frames/*.png" --fps 30 --csv faces.parquet`
+    Examples:
+    - `fer video talk.mp4` # who showed what, and for how long
+    - `fer video talk.mp4 --out faces.mp4` # the video with boxes and labels
+    - `fer video talk.mp4 --csv faces.csv --timeline faces.png` # as a table
+    - `fer video talk.mp4 --end 90 --json - | jq .time` # for a program
+    - `fer video "frames/*.png" --fps 30 --csv faces.csv` # from pictures
     """
     _run_video(source, live, model, detector, min_confidence, jsonl, out=out, table=csv_file, timeline=timeline, start=start, end=end, every=every, smoothing=smoothing, fps=fps, window=window)
 
 # %% ../nbs/14_cli.ipynb #f104af3e
-@app.command()
+@app.command(rich_help_panel="Use")
 def webcam(
     camera: Annotated[int, typer.Argument(min=0, help="Number of the camera.")] = 0,
     out: _Out = None, csv_file: _Csv = None, jsonl: _Jsonl = None, timeline: _Timeline = None,
@@ -355,16 +410,19 @@ def webcam(
 ):
     """Watch a camera: boxes, emotions and probabilities in a window. q or Esc ends, s saves the frame as png.
 
-    Examples: `fer webcam` · `fer webcam 1 --csv faces.csv` · `fer webcam --no-window --json - --seconds 60`
+    Examples:
+    - `fer webcam` # in a window
+    - `fer webcam 1 --csv faces.csv` # the second camera, with a table
+    - `fer webcam --no-window --json - --seconds 60` # a line for each frame
     """
     _run_video(camera, True, model, detector, min_confidence, jsonl, out=out, table=csv_file, timeline=timeline, end=seconds, every=every, smoothing=smoothing, window=window)
 
 # %% ../nbs/14_cli.ipynb #ba304c28
-@app.command()
+@app.command(rich_help_panel="Deploy")
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
-    model: Annotated[list[str] | None, typer.Option(help="Bundled model or model folder; may be repeated, the first is the default. All bundled ones where none is given.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Bundled model or model folder; may be repeated, the first is the default. All bundled ones where none is given.", **_completed(_model_names))] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with one token per line: only clients that know one are answered. The variable FER_TOKENS does the same, with commas.", exists=True, dir_okay=False)] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origin whose pages may ask from a browser, such as https://example.org; may be repeated.")] = None,
     page: Annotated[bool, typer.Option(help="The page for people at /, beside the API.")] = True,
@@ -374,9 +432,13 @@ def serve(
 ):
     """Run the web service and its page, until Ctrl-C.
 
-    Examples: `fer serve` · `fer serve --host 0.0.0.0 --token-file tokens.txt` · `fer serve --model accurate --model my_model --no-page`
+    Examples:
+    - `fer serve` # for this machine alone, at http://127.0.0.1:8000
+    - `fer serve --host 0.0.0.0 --token-file tokens.txt` # for all who know a token
+    - `fer serve --model accurate --model mine --no-page` # for programs
     """
-    from fer_nbdev.serve import Limits, create_app, run_app
+    from fer_nbdev.serve import Limits, _check_address, create_app, run_app
+    _check_address(host, port)
     lines = token_file.read_text(encoding="utf-8").splitlines() if token_file else os.environ.get("FER_TOKENS", "").split(",")
     tokens = [line.strip() for line in lines if line.strip()]
     if token_file and not tokens: raise ValueError(f"{str(token_file)!r} holds no token: expected one a line")
@@ -388,9 +450,16 @@ def serve(
     run_app(application, host, port)
 
 # %% ../nbs/14_cli.ipynb #78fe1cce
-@app.command()
+@app.command(rich_help_panel="Understand")
 def models():
-    "List the bundled models: accuracy, macro F1 and calibration error on PrivateTest, which selected nothing, and milliseconds per face on one core of the machine that the cards name, alone and in batches of 64."
+    """List the bundled models with their scores and how fast they are.
+
+    Examples:
+    - `fer models` # the table
+    - `fer predict photo.jpg --model fast` # what one of them says
+
+    Accuracy, macro F1 and calibration error (ECE) are those on PrivateTest, which selected nothing; milliseconds per face are those of one core of the machine that the cards name, alone and in batches of 64.
+    """
     from fer_nbdev.cards import bundled_models
     from rich.table import Table
     table = Table("model", "network", "params", "file", "accuracy", "F1", "ECE", "ms", "ms in 64", title="Bundled models: scores on PrivateTest, milliseconds per face on one core", box=None, padding=(0, 1))
@@ -408,7 +477,7 @@ def _read_data(data, classes=None):
     print(table, file=sys.stderr)
     return table
 
-@app.command()
+@app.command(rich_help_panel="Train")
 def prepare(
     source: Annotated[Path, typer.Argument(help="fer2013.csv or icml_face_data.csv (also .gz, .xz, .zip), or class folders.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
@@ -417,76 +486,99 @@ def prepare(
 ):
     """Write FER2013 as png files: train/, val/ and test/ with one folder per class.
 
-    Examples: `fer prepare fer2013.csv faces` · `fer prepare fer2013.csv four --classes angry,happy,neutral,sad --merge-test`
+    Examples:
+    - `fer prepare fer2013.csv faces` # all seven classes
+    - `fer prepare fer2013.csv two --classes happy,sad` # two of them
+    - `fer prepare fer2013.csv kaggle --merge-test` # one folder for testing
     """
     from fer_nbdev.data import class_counts, to_folders
+    _check_folder("OUT", out)
     table = _read_data(source, classes)
     to_folders(table, out, merge_test, progress=sys.stderr.isatty())
     for usage, counts in class_counts(table).items(): print(f"{usage}: " + ", ".join(f"{c} {n:,}" for c, n in counts.items()))
     print(f"{len(table):,} faces written to {out}")
 
 # %% ../nbs/14_cli.ipynb #3d94ab24
-@app.command()
+@app.command(rich_help_panel="Train")
 def train(
-    data: Annotated[Path | None, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")] = None,
+    data: _Data = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("run"),
-    recipe: Annotated[str | None, typer.Option(help="A bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.")] = None,
+    recipe: _Recipe = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field: --set epochs=3 --set augment.rotate=20. Repeatable.")] = None,
     classes: Annotated[str | None, typer.Option(help="Train on these classes only, separated by commas.")] = None,
     votes: Annotated[Path | None, typer.Option(help="fer2013new.csv of FER+: train on its votes instead of single labels; --set soft_share=.5 on half of each.")] = None,
     translate: Annotated[bool, typer.Option("--translate", help="Of the votes take how likely each label of FER2013 is for a face with such votes.")] = False,
-    teacher: Annotated[list[str] | None, typer.Option(help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    teacher: Annotated[list[str] | None, typer.Option(help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.", **_completed(_model_names))] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; under torchrun, which starts the same command again, begin it where there is none.")] = False,
     track: Annotated[str | None, typer.Option(help="Also write to an experiment tracker: tensorboard or wandb.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the GPU where there is one.")] = None,
+    device: _Device = None,
     list_all: Annotated[bool, typer.Option("--list", help="Explain the bundled recipes and stop.")] = False,
 ):
     """Train a network by a recipe, export it, score it, and write a report.
 
-    Examples: `fer train --data fer2013.csv --recipe four_class --set epochs=5` · `fer train --data fer2013.csv --recipe fast --teacher accurate`.
-    Every recipe is one yaml file; to write your own, copy the `recipe.yaml` of any run, edit it, and name it in `--recipe`.
-    Killed? The same command with `--resume` loses at most the epoch it was in.
+    Examples:
+    - `fer train` # the whole path on drawn faces, in about a minute
+    - `fer train --data fer2013.csv` # by the recipe of the bundled model
+    - `fer train --data fer2013.csv --recipe four_class --set epochs=5`
+    - `fer train --data fer2013.csv --recipe fast --teacher accurate`
+    - `fer train --data fer2013.csv --resume` # goes on where it was killed
+    - `fer train --list` # what the recipes are for
+
+    A recipe is one yaml file; to write your own, copy the `recipe.yaml` of any run, edit it, and name it in `--recipe`.
     """
     require("fastai", "train")
     from fer_nbdev.recipe import list_recipes
-    from fer_nbdev.train import train as run
     if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
-    table, r = _train_data(data, votes, translate), _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
-    try: run(r, table, out, resume=resume, device=device, track=track)
+    _check_device(device)
+    r = _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
+    _run_training(r, _train_data(data, votes, translate), out, resume, device, track)
+
+# %% ../nbs/14_cli.ipynb #d0f2d417
+def _run_training(recipe, table, out, resume, device, track):
+    "Train, export, score and report."
+    from fastai.torch_core import rank_distrib
+    from fer_nbdev.callbacks import Announce
+    from fer_nbdev.export import export_run
+    from fer_nbdev.train import train as run
+    try: run(recipe, table, out, resume=resume, device=device, track=track, cbs=[Announce(out)])
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
         raise typer.Exit(130) from None
-    from fastai.torch_core import rank_distrib
     if rank_distrib():  # of several processes the first goes on; the others end here, without taking native threads down one by one, by which PyTorch aborts now and then
         sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
-    from fer_nbdev.export import export_run
     _print_card(export_run(out, out/"model", table), out/"model")
     _report(out, table)
     print(f"curves: {out/'curves.png'}\ntry it: fer predict --model {out/'model'}")
 
 # %% ../nbs/14_cli.ipynb #b6387690
-@app.command()
+@app.command(rich_help_panel="Train")
 def tune(
-    data: Annotated[Path | None, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")] = None,
+    data: _Data = None,
     search: Annotated[list[str] | None, typer.Option(help="A field and what to try: lr=log:1e-3:1e-1, bs=32:128, optimizer=adam,sgd. Repeatable.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Where to start: a bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.")] = None,
+    recipe: _Recipe = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field for all trials: --set epochs=9. Repeatable.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Trials in all, those before a resume included.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder of the search.")] = Path("search"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --out.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the GPU where there is one.")] = None,
+    device: _Device = None,
 ):
     """Search the best values for fields of a recipe: many trainings, the hopeless ones given up early.
 
-    Example: `fer tune --data fer2013.csv --search lr=log:1e-3:1e-1 --search wd=log:1e-5:1e-3 --set epochs=9`. Scores are those of
-    PublicTest; PrivateTest is not read. Killed? `--resume` and the same `--data` lose at most the epoch it was in.
+    Examples:
+    - `fer tune --data fer2013.csv --search lr=log:1e-3:1e-1 --set epochs=9`
+    - `fer tune --data fer2013.csv --search bs=32:128 --search optimizer=adam,sgd`
+    - `fer tune --data fer2013.csv --resume` # goes on where it was killed
+
+    Scores are those of PublicTest; PrivateTest is not read.
     """
     require("fastai", "train")
     require("optuna", "scale")
     from fer_nbdev.tune import tune as run
-    begun = resume and (out/"search.json").exists()
-    if begun and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")
-    start = None if begun else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings)
+    _check_device(device)
+    if resume and not (out/"search.json").exists(): raise ValueError(f"there is no search in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
+    if not (resume or search): raise ValueError("nothing to search: name a field and what to try with --search, as in --search lr=log:1e-3:1e-1 or --search optimizer=adam,sgd")
+    if resume and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")
+    start = None if resume else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings)
     run(start, _train_data(data), search, out, trials, resume, device)
     if (out/"best.yaml").exists(): print(f"trials: {out/'trials.csv'}, {out/'trials.png'}\ntrain the best: fer train --recipe {out/'best.yaml'}" + f" --data {data}"*bool(data))
 
@@ -501,11 +593,17 @@ def _train_data(data, votes=None, translate=False):
 
 def _train_recipe(out, recipe, default, settings, resume=False, classes=None, teachers=None):
     "The recipe of a new run; None where the run in `out` is resumed with its own."
+    from fastai.torch_core import num_distrib
+    from fer_nbdev.cards import find_model
+    _check_folder("--out", out)
     from fer_nbdev.recipe import read_recipe
-    if resume and (out/"run.json").exists():
+    if resume and not (out/"run.json").exists():
+        if not num_distrib(): raise ValueError(f"there is no run in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
+    elif resume:
         if recipe or settings or classes or teachers: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set, --classes and --teacher out, or choose another --out")
         return None
     asked = [f"classes=[{classes}]"]*bool(classes) + [f"teachers={json.dumps(teachers)}"]*bool(teachers)
+    for name in teachers or []: find_model(name)  # raises
     return read_recipe(recipe or default).set([*(settings or []), *asked])
 
 def _report(run, table):
@@ -515,7 +613,7 @@ def _report(run, table):
     from fer_nbdev.report import write_report
     from fer_nbdev.train import prepare_table
     recipe = read_recipe(run/"recipe.yaml")
-    usage = str(recipe.valid) if "PrivateTest" in str(recipe.valid) else "PrivateTest"
+    usage = recipe.valid if isinstance(recipe.valid, str) and "PrivateTest" in split_names(recipe.valid) else "PrivateTest"
     table = prepare_table(recipe, table)
     if not len(table.split(usage)): return
     write_report(run/"report", evaluate_model(run/"model", table, usage))
@@ -528,12 +626,12 @@ def _print_card(card, out):
     print(f"model: {out}")
 
 # %% ../nbs/14_cli.ipynb #7bbc9e90
-@app.command()
+@app.command(rich_help_panel="Understand")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A bundled model, a model folder or an ONNX file.")],
+    model: Annotated[str, typer.Argument(help="A bundled model, a model folder or an ONNX file.", **_completed(_model_names))],
     data: Annotated[Path, typer.Option(help="FER2013: a csv or class folders.")],
-    split: Annotated[str, typer.Option(help="private, public or train; several joined by +.")] = "private",
-    compare: Annotated[str | None, typer.Option(help="A second model, compared on the same faces.")] = None,
+    split: Annotated[str, typer.Option(help="private, public or train; several joined by +.", **_completed(_split_names))] = "private",
+    compare: Annotated[str | None, typer.Option(help="A second model, compared on the same faces.", **_completed(_model_names))] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report: one html page with all pictures, scores.json, predictions.csv.")] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views.")] = False,
     robustness: Annotated[bool, typer.Option("--robustness", help="Also damage the faces in nine ways at five strengths each: takes 46 times as long.")] = False,
@@ -541,29 +639,36 @@ def evaluate(
 ):
     """Score a model on one split, beside what its card says, and time it.
 
-    Examples: `fer evaluate accurate --data fer2013.csv --out report`, then open `report/report.html` · `fer evaluate fast --data fer2013.csv --robustness`
+    Examples:
+    - `fer evaluate accurate --data fer2013.csv` # scores on PrivateTest
+    - `fer evaluate accurate --data fer2013.csv --out report` # an html page
+    - `fer evaluate fast --data fer2013.csv --compare accurate` # which is better
+    - `fer evaluate fast --data fer2013.csv --robustness` # on damaged faces
     """
     require("sklearn", "train")
     from fer_nbdev.evaluate import evaluate_model
     from fer_nbdev.report import write_report
+    _check_folder("--out", out)
+    split_names(split)  # raises: what is wrong at once is said before the data is read
+    opened, second = _open(model, tta), _open(compare, tta) if compare else None
     table = _read_data(data)
-    e = evaluate_model(_open(model, tta), table, split)
-    other = evaluate_model(_open(compare, tta), table, split) if compare else None
+    e = evaluate_model(_Watched(opened) if tta else opened, table, split)
+    other = evaluate_model(_Watched(second) if tta else second, table, split) if second else None
     found = write_report(out, e, other) if out else e.to_dict(other)
-    damaged = _damage(_open(model, tta), table, split, out) if robustness else None
+    damaged = _damage(opened, table, split, out) if robustness else None
     if damaged: found = found | dict(robustness=damaged.to_dict())
     if as_json: return print(json.dumps(found))
     _print_scores(e.scores, e.title)
     if damaged: _print_damage(damaged)
     if other: _print_comparison(found["comparison"], e, other)
-    _print_card_and_speed(_open(model, tta), e.about["split"])
+    _print_card_and_speed(opened, e.about["split"])
     if out: print(f"report: {out/'report.html'}")
 
 # %% ../nbs/14_cli.ipynb #309285a7
 def _damage(model, table, split, out):
     "What is left under every damage; in the folder of a report also as JSON and as curves."
     from fer_nbdev.robustness import evaluate_robustness, plot_robustness
-    damaged = evaluate_robustness(model, table, split)
+    damaged = evaluate_robustness(model, table, split, progress=lambda settings: _progress(settings, len(settings), what="Damaging"))
     if out:
         with write_whole(out/"robustness.json") as tmp: tmp.write_text(json.dumps(damaged.to_dict()), encoding="utf-8")
         with write_whole(out/"robustness.png") as tmp: plot_robustness(damaged)[0, 0].figure.savefig(tmp, format="png", dpi=110)
@@ -585,8 +690,18 @@ def _open(model, tta):
     folder = _model_folder(model)
     if folder is None and Path(model).suffix == ".onnx":
         if tta: raise ValueError(f"--tta: not for {model}, an ONNX file without a card")
+        if not Path(model).is_file(): raise FileNotFoundError(f"there is no ONNX file {model!r}")
         return model
     return Predictor(folder or model, tta=tta)
+
+class _Watched:
+    "A predictor with a progress bar, where it is asked about many faces."
+    def __init__(self, predictor): self.predictor = predictor
+    def __getattr__(self, name): return getattr(self.predictor, name)
+
+    def predict_faces(self, faces):
+        parts = [faces[i:i+256] for i in range(0, len(faces), 256)]
+        return np.concatenate([self.predictor.predict_faces(p) for p in _progress(parts, len(parts), on=len(parts) > 1)])
 
 def _print_comparison(c, e, other):
     "Which of two models is better, and whether that is more than chance."
@@ -613,27 +728,36 @@ def _print_scores(s, title):
     print(f"accuracy {s['accuracy']:.2%}  macro F1 {s['macro_f1']:.3f}  log loss {s['log_loss']:.3f}  ECE {s['ece']:.3f}  ({s['n']:,} faces)")
 
 # %% ../nbs/14_cli.ipynb #8e5a2318
-@app.command()
+@app.command(rich_help_panel="Deploy")
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.", **_completed(_model_names))],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
     data: Annotated[Path | None, typer.Option(help="A csv or class folders: PublicTest, or val, calibrates the probabilities, and the test splits are scored; --int8 needs training faces too.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights and activations of eight bits: smaller, and faster on most processors.")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="Weights as they were trained. Default: float16, half the size.")] = False,
-    others: Annotated[list[str] | None, typer.Option("--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.")] = None,
+    others: Annotated[list[str] | None, typer.Option("--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.", **_completed(_model_names))] = None,
     licence: Annotated[str | None, typer.Option(help="Under which terms the model may be used, for its card: Apache-2.0, say.")] = None,
 ):
-    """Write a model folder, `model.onnx` and `card.json`, and check it against the network it came from; or calibrate a finished model on faces of your own, or join several.
+    """Write a model folder of a run; or calibrate a finished model, or join several.
 
-    Examples: `fer export run model --data fer2013.csv` · `fer export run small --data fer2013.csv --int8` · `fer export accurate mine --data faces` · `fer export run_1/model joint --with run_2/model --data fer2013.csv`
+    Examples:
+    - `fer export run model --data fer2013.csv` # a model of a run
+    - `fer export run small --data fer2013.csv --int8` # with small weights
+    - `fer export accurate mine --data faces` # calibrated on faces of your own
+    - `fer export run_1/model joint --with run_2/model` # one model of two
+
+    A model folder holds `model.onnx` and `card.json`. It is checked against the network that it came from.
     """
     if int8 + float32 + bool(others) > 1: raise typer.BadParameter("--int8, --float32 and --with exclude each other")
     require("fastai", "train")
     from fer_nbdev.cards import bundled_models
     from fer_nbdev.ensemble import export_ensemble
     from fer_nbdev.export import calibrate_model, export_run, export_weights, quantize_model
+    _check_folder("OUT", out)
+    if checkpoint not in bundled_models() and not Path(checkpoint).exists():
+        raise ValueError(f"there is no run, model folder or file {checkpoint!r}, and no bundled model of that name: these are {', '.join(bundled_models())}")
+    if int8 and not data: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
     table, weights = _read_data(data) if data else None, "int8" if int8 else "float32" if float32 else "float16"
-    if int8 and table is None: raise ValueError("--int8 needs --data: the ranges of the activations are measured on Training faces")
     about: dict[str, Any] = {} if licence is None else dict(licence=licence)
     if others: return _print_card(export_ensemble([checkpoint, *others], out, table, **about), out)
     if checkpoint in bundled_models() or Path(checkpoint, "card.json").is_file():

@@ -9,6 +9,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'MONITORS', 'Task', 'Recipe', 'check_recip
 # %% ../nbs/04a_recipe.ipynb #99d52684
 import json
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from importlib import resources
 from math import isfinite
 from pathlib import Path
@@ -127,7 +128,8 @@ def _check_faces(recipe):
 def _check_keys(name, settings, known):
     "Raise ValueError where a dict holds keys that nobody reads."
     unknown = sorted(set(map(str, settings)) - set(known))
-    if unknown: raise ValueError(f"{name} has no setting {', '.join(unknown)}: expected {'among ' + ', '.join(known) if known else 'none'}")
+    meant = [m for u in unknown for m in get_close_matches(u, known, n=1)]
+    if unknown: raise ValueError(f"{name} has no setting {', '.join(unknown)}: {'did you mean ' + ', '.join(meant) + '? ' if meant else ''}expected {'among ' + ', '.join(known) if known else 'none'}")
 
 # %% ../nbs/04a_recipe.ipynb #71b625e8
 def check_recipe(

@@ -160,6 +160,7 @@ def evaluate_robustness(
     seed: int = 0,  # of `corrupt`
     classes: tuple | None = None,  # of an ONNX file without card, or of a function; None: those of the table
     name: str | None = None,  # what to call the model; None: what its card says
+    progress: Callable = iter,  # goes over the list of settings while they are asked: `tqdm`, say
     **options,  # of `Predictor`, for a model that is given by name or path: tta, threads, providers
 ) -> Robustness:
     "Ask a model about a split as it is and under every corruption at every severity. Raises what `evaluate_model` raises, and `ValueError` for an unknown corruption."
@@ -168,7 +169,8 @@ def evaluate_robustness(
     def ask(c, severity):
         damaged = replace(clean.table, pixels=corrupt(clean.table.pixels, c, severity, seed))
         return predict_table(model, damaged, classes, **options).astype(np.float32)
-    probs = {(n, s): ask(c, s) for n, c in found.items() for s in range(1, len(c.strengths) + 1)}
+    settings = [(n, s) for n, c in found.items() for s in range(1, len(c.strengths) + 1)]
+    probs = {(n, s): ask(found[n], s) for n, s in progress(settings)}
     return Robustness(clean, probs, found, seed)
 
 # %% ../nbs/07b_robustness.ipynb #5559cc0a

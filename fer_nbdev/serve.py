@@ -6,7 +6,7 @@
 __all__ = ['FrameAnswer', 'Person', 'VideoJob', 'ModelCard', 'ModelList', 'Health', 'create_app', 'run_app']
 
 # %% ../nbs/12_serve.ipynb #e6bdfc35
-import asyncio, base64, binascii, hmac, json, logging, math, os, re, secrets, shutil, tempfile
+import asyncio, base64, binascii, errno, hmac, json, logging, math, os, re, secrets, shutil, socket, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -527,13 +527,27 @@ def create_app(
     return app
 
 # %% ../nbs/12_serve.ipynb #e49bb5b1
+def _check_address(host, port):
+    "Raise `ValueError` where nobody can listen at an address: asked before models are opened"
+    try: found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError): raise ValueError(f'host {host!r} is unknown here: expected an address or a name of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them') from None
+    missing = 0
+    for family, *_, address in found:
+        try: socket.create_server(address[:2], family=family).close()
+        except OSError as e:
+            if e.errno == errno.EADDRINUSE: raise ValueError(f'port {port} of {host} is taken: choose another with --port') from None
+            if e.errno == errno.EACCES: raise ValueError(f'port {port} of {host} is for the administrator only: choose one above 1023 with --port') from None
+            missing += 1 # one of several, such as the IPv6 of localhost in a container without it
+    if missing == len(found): raise ValueError(f'host {host!r} is not this machine: expected one of its own addresses, such as 127.0.0.1, or 0.0.0.0 for all of them')
+
 def run_app(
     app, # what `create_app` made
     host: str = "127.0.0.1", # the address to listen at; "0.0.0.0" for every one of this machine
     port: int = 8000, # 0 for any that is free
     log_level: str = "info", # of uvicorn: "warning" to see no requests
 ):
-    "Serve an application until Ctrl-C or SIGTERM; requests under way are finished, for ten seconds at most"
+    "Serve an application until Ctrl-C or SIGTERM; requests under way are finished, for ten seconds at most. Raises `ValueError` where it cannot listen at the address."
     import uvicorn
+    _check_address(host, port)
     uvicorn.run(app, host=host, port=port, log_level=log_level, ws_max_size=app.state.service.limits.frame_bytes + 1000, server_header=False,
                 timeout_keep_alive=5, timeout_graceful_shutdown=10)

@@ -274,7 +274,7 @@ class TrimMemory(Callback):
 def _run_cbs(recipe, out, rows, progress, track, about):
     "The callbacks that write a run down."
     ema = EMA(recipe.ema) if recipe.ema else None
-    cbs = [*L(ema), TrimMemory(), History(out, rows, verbose=not progress and not rank_distrib()), Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
+    cbs = [*L(ema), TrimMemory(), History(out, rows, verbose=not rank_distrib() and not (progress and "ipykernel" in sys.modules)), Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
     if recipe.patience: cbs.append(EarlyStop(recipe.patience, recipe.monitor))
     if track and not rank_distrib(): cbs.append(create_tracker(track, out, about))
     return cbs

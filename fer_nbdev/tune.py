@@ -108,7 +108,7 @@ def _run_trial(study, trial, recipe, table, out, device):
         if isinstance(e, ValueError) and not any(t.intermediate_values for t in study.trials):  # no trial has trained yet: it need not be these values
             study.tell(trial, state=TrialState.FAIL)
             raise
-        trial.set_user_attr("why", str(e))
+        trial.set_user_attr("why", str(e).rpartition(":\n\t")[2])  # without what fastai says before it
     else:
         rows = json.loads((run/"history.json").read_text())
         score = rows[best_epoch(rows, recipe.monitor)][recipe.monitor]
@@ -176,9 +176,13 @@ def trial_rows(
         return dict(trial=t.number, state=t.state.name.lower(), score=t.value, epochs=len(t.intermediate_values), minutes=round(minutes, 3), **t.params)
     return [row(t) for t in study.trials]
 
+def _values(params):
+    "What a trial tries, in words."
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
+
 def _trial_line(row):
     "A row in words."
-    values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in list(row.items())[5:])
+    values = _values(dict(list(row.items())[5:]))
     score = "no score" if row["score"] is None else f"{row['score']:.4f}"
     return f"trial {row['trial']:3} {dict(complete='finished', pruned='given up', fail='failed')[row['state']]:8} after {row['epochs']:2} epochs: {score}   {values}"
 
@@ -196,13 +200,6 @@ def _write_trials(study, recipe, out):
     with write_whole(out/"trials.csv") as tmp, open(tmp, "w", newline="") as f:
         w = csv.DictWriter(f, max(rows, key=len)); w.writeheader(); w.writerows(rows)
     if any(r["state"] == "complete" for r in rows): best_recipe(study, recipe).write(out/"best.yaml")
-
-def _draw_trials(study, out):
-    "trials.png."
-    import matplotlib.pyplot as plt
-    figure = plot_trials(study)[0].figure
-    with write_whole(out/"trials.png") as tmp: figure.savefig(tmp, format="png", dpi=110)
-    plt.close(figure)
 
 # %% ../nbs/13a_tune.ipynb #916b9cc7
 def plot_trials(
@@ -229,6 +226,13 @@ def plot_trials(
             ax.set_xscale("log"); ax.minorticks_off(); ax.set_xticks(ticks, [f"{v:.2g}" for v in ticks])
     axs[0].set_ylabel("score"); axs[0].xaxis.get_major_locator().set_params(integer=True)
     return axs
+
+def _draw_trials(study, out):
+    "trials.png."
+    import matplotlib.pyplot as plt
+    figure = plot_trials(study)[0].figure
+    with write_whole(out/"trials.png") as tmp: figure.savefig(tmp, format="png", dpi=110)
+    plt.close(figure)
 
 # %% ../nbs/13a_tune.ipynb #715f72a4
 def tune(
@@ -259,6 +263,7 @@ def tune(
         drawn = time.time()
         while _count_tried(study) < n_trials:
             trial = study.ask(distributions)
+            print(f"trial {trial.number:3} begins: {_values(trial.params)}", flush=True)
             _run_trial(study, trial, recipe, table, out, device)
             why = study.trials[trial.number].user_attrs.get("why")
             print(_trial_line(trial_rows(study)[trial.number]) + (f"   {why}" if why else ""), flush=True)

@@ -1,23 +1,28 @@
 """The commands one after the other, as a user types them: a csv becomes a run, a model, a report and a second export."""
 import csv
+import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
+import typer
 from _tables import write_csv
 
 pytest.importorskip("fastai")
 from typer.testing import CliRunner
 
-from fer_nbdev.cli import app
+from fer_nbdev.cards import bundled_models
+from fer_nbdev.cli import _Watched, _open, _report, _train_recipe, app
 from fer_nbdev.core import sample_portrait
 from fer_nbdev.data import read_fer2013, synthetic_faces
 from fer_nbdev.evaluate import evaluate_model
 from fer_nbdev.inference import Predictor
-from fer_nbdev.recipe import list_recipes
+from fer_nbdev.recipe import list_recipes, read_recipe
 
 
 def _fer(line, code=0):
@@ -45,6 +50,29 @@ def test_training_leaves_a_model_and_its_report(trained):
     assert f"PrivateTest: accuracy {card['scores']['PrivateTest']['accuracy']:.1%}" in said
     assert {p.name for p in (folder / "run").iterdir()} >= {"recipe.yaml", "run.json", "history.csv", "history.json", "curves.png", "best.safetensors", "last.safetensors", "model", "report"}
     assert json.loads(_fer("predict --model run/model --json"))["faces"][0]["emotion"] in card["classes"]
+
+
+def test_training_says_first_what_it_is_about_to_do(trained):
+    folder, said = trained
+    about = json.loads((folder / "run/run.json").read_text())
+    line = rf"synthetic: {about['recipe']['arch']}, {about['n_params']:,} parameters, 2 epochs on (cpu|cuda\S*|mps\S*) in (bf16|fp32); folder {re.escape(str(folder))}/run "
+    assert re.search(line, said[:said.index("train_loss")]), said
+
+
+def test_what_takes_long_shows_how_far_it_is(trained, monkeypatch):
+    "The damages one by one, and ten views of many faces in parts, which answer what the whole would."
+    seen = []
+    def progress(items, total, on=True, what=""):
+        seen.append((what, total, on))
+        return items
+    monkeypatch.setattr("fer_nbdev.cli._progress", progress)
+    _fer("evaluate fast --data fer2013.csv --robustness")
+    assert seen == [("Damaging", 45, True)]
+    seen.clear()
+    _fer("evaluate fast --data fer2013.csv --tta")
+    assert seen == [("", 1, False)]  # few faces need no bar
+    faces, predictor = synthetic_faces(600).pixels, Predictor("fast", tta=True)
+    assert _Watched(predictor).predict_faces(faces) == pytest.approx(predictor.predict_faces(faces), abs=1e-5) and seen[-1] == ("", 3, True)
 
 
 def test_a_model_is_evaluated_exported_again_and_compared(trained):
@@ -96,6 +124,79 @@ def test_resuming_keeps_the_recipe_and_nothing_trains_over_a_run(trained):
     _fer("train --data fer2013.csv --recipe synthetic --out run", code=2)
     _fer("train --data fer2013.csv --recipe synthetic --out run --resume", code=2)
     assert (folder / "run/history.json").read_text() == before
+
+
+def test_nothing_is_resumed_where_nothing_was_begun(trained, monkeypatch):
+    "A slip in --out must not become a run on drawn faces; under torchrun the same command begins a run and goes on with it."
+    folder, _ = trained
+    for command in ("train", "train --data fer2013.csv", "tune", "tune --search lr=log:1e-3:1e-1"):
+        assert "in 'rum' to resume" in _fer(f"{command} --resume --out rum", code=2)
+    assert not (folder / "rum").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert _train_recipe(folder / "rum", None, "synthetic", None, resume=True).name == "synthetic"
+
+
+def test_what_is_cheap_to_check_is_checked_before_the_data_is_read(trained, monkeypatch):
+    def read(*_): raise AssertionError("the data was read")
+    monkeypatch.setattr("fer_nbdev.cli._read_data", read)
+    for line, said in {"train --recipe nosuch": "unknown recipe 'nosuch'", "train --set epochs=none": "epochs", "evaluate nosuch": "unknown model 'nosuch'", "evaluate nosuch.onnx": "no ONNX file 'nosuch.onnx'",
+                       "evaluate fast --split nosuch": "unknown split 'nosuch'", "evaluate fast --compare nosuch": "unknown model 'nosuch'"}.items():
+        assert said in _fer(f"{line} --data fer2013.csv", code=2)
+
+
+def test_a_model_is_opened_once(trained, monkeypatch):
+    opened = []
+    monkeypatch.setattr("fer_nbdev.cli._open", lambda model, tta, first=_open: opened.append(model) or first(model, tta))
+    _fer("evaluate fast --data fer2013.csv --compare run/model")
+    assert opened == ["fast", "run/model"]
+
+
+def test_the_report_of_a_run_is_on_all_faces_that_selected_it(trained):
+    "Where these are those of both tests, however the recipe spells it."
+    folder, _ = trained
+    shutil.copytree(folder / "run", folder / "both")
+    read_recipe(folder / "run/recipe.yaml").set(["valid=public+private"]).write(folder / "both/recipe.yaml")
+    for run, split in dict(run="PrivateTest", both="PublicTest+PrivateTest").items():
+        _report(folder / run, read_fer2013("fer2013.csv"))
+        assert set(json.loads((folder / run / "report/scores.json").read_text())["about"]["split"].split("+")) == set(split.split("+"))
+
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_has_examples_that_can_be_typed(name, tmp_path, monkeypatch):
+    "Each is on a line of its own where the terminal has 80 columns, is a command of this program, and its options and arguments are known."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens.txt").touch()
+    text = COMMANDS[name].help if name else app.info.epilog
+    examples = re.findall(r"^\s*- `(.+)`", text, re.M)
+    assert any(e.startswith(f"fer {name}") for e in examples) and " · " not in text
+    shown = CliRunner().invoke(app, [*name.split(), "--help"], env=dict(COLUMNS="80", TERM="dumb", NO_COLOR="1")).output
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).strip() for line in shown.splitlines()]
+    assert not [e for e in examples if not any(line.startswith(f"• {e}") for line in lines)], shown
+    for words in (shlex.split(part.partition(">")[0]) for e in examples for part in e.split("|")):
+        if words[0] == "fer":
+            COMMANDS[words[1]].make_context(words[1], words[2:])
+
+
+def test_commands_are_listed_by_what_they_are_for():
+    listed = typer.main.get_command(app).list_commands(None)
+    assert sorted(listed) == sorted(COMMANDS) and [k for k, _ in itertools.groupby(listed, lambda name: COMMANDS[name].rich_help_panel)] == ["Use", "Train", "Understand", "Deploy"]
+
+
+def test_the_shell_completes_names_without_waiting_for_torch(tmp_path):
+    "As bash asks for them; where no name fits, the answer is empty, and bash offers files."
+    code = "import sys, atexit; sys.argv = ['fer']; atexit.register(lambda: print([m for m in ('torch', 'onnxruntime', 'fastai', 'sklearn') if m in sys.modules])); from fer_nbdev.cli import main; main()"
+    def completed(line):
+        env = {**os.environ, "_FER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+        *names, heavy = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert heavy == "[]", heavy
+        return [name for name in names if name]
+    assert completed("fer train --recipe ") == [*list_recipes()] and completed("fer tune --recipe four") == ["four_class"]
+    assert completed("fer evaluate ") == completed("fer predict --model ") == [*bundled_models()]
+    assert completed("fer predict --detector ") == ["auto", "haar", "yunet", "none"] and completed("fer predict --provider open") == ["openvino"]
+    assert completed("fer evaluate fast --split p") == ["private", "public"] and completed("fer train --recipe my_own") == []
 
 
 def test_options_of_predicting_reach_the_predictor(trained):
@@ -182,6 +283,20 @@ def test_what_an_option_cannot_do_is_said(trained):
     assert with_card == of_folder
     assert "weights are what they are" in _fer("export fast whole --float32 --data fer2013.csv", code=2)
     assert "device='abacus' cannot be used here" in _fer("train --data fer2013.csv --recipe synthetic --device abacus --out nothing", code=2)
+
+
+def test_what_is_wrong_is_said_with_what_would_be_right(trained):
+    "A file in the place of a folder, a name that nobody knows, a slip in a field: before anything is read or written."
+    folder, _ = trained
+    (folder / "notes.txt").write_text("mine")
+    for command in ("predict --annotate", "train --set epochs=1 --out", "tune --search lr=log:1e-3:1e-1 --out", "evaluate fast --data fer2013.csv --out", "export fast", "prepare fer2013.csv"):
+        assert "notes.txt is a file: expected a folder" in _fer(f"{command} notes.txt", code=2)
+    bundled = ", ".join(bundled_models())
+    for line, said in {"export nosuch out": f"there is no run, model folder or file 'nosuch', and no bundled model of that name: these are {bundled}", "train --set epoch=3": "no setting epoch: did you mean epochs? expected among name, about",
+                       "train --set augment.rotatee=3": "did you mean rotate?", "train --device foo": "expected cpu, cuda or mps", "tune --search lr=1:2 --device foo": "expected cpu, cuda or mps",
+                       "tune": "--search lr=log:1e-3:1e-1", "train --teacher nosuch": "unknown model 'nosuch'"}.items():
+        assert said in _fer(line, code=2)
+    assert (folder / "notes.txt").read_text() == "mine" and not (folder / "search").exists()
 
 
 def test_lists_of_files_from_other_systems(trained):

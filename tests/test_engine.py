@@ -102,11 +102,15 @@ def test_votes_count_as_far_as_the_recipe_says(faces, tmp_path):
     assert not (tmp_path / "neither").exists()
 
 
-def test_a_resumed_run_has_a_progress_bar_too(faces, tmp_path):
+def test_a_resumed_run_has_a_progress_bar_too(faces, tmp_path, capsys):
+    "And with the bar as without it every epoch says what is right of each class."
     with pytest.raises(KeyboardInterrupt):
         train(SHORT, faces, tmp_path, progress=True, cbs=[Kill()])
     train(None, faces, tmp_path, resume=True, progress=True)
-    assert len(_rows(tmp_path)) == 3
+    rows = _rows(tmp_path)
+    assert len(rows) == 3
+    said = [line for line in capsys.readouterr().out.splitlines() if "right of" in line]
+    assert said == ["    right of " + "  ".join(f"{c} {r['recall_' + c]:.0%}" for c in EMOTIONS) for r in rows]
 
 
 def test_the_choices_above_cover_the_tables():

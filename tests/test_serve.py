@@ -577,6 +577,23 @@ def test_methods_that_are_not_there(client):
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
 
 
+def test_an_address_that_cannot_be_had_is_one_sentence():
+    "From the command line, before any model is opened, and from `run_app`."
+    from typer.testing import CliRunner
+
+    from fer_nbdev.cli import app
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for address, said in ((f"--port {port}", f"port {port} of 127.0.0.1 is taken: choose another with --port"), ("--host 192.0.2.1", "host '192.0.2.1' is not this machine"),
+                              ("--host no.such.name.invalid", "is unknown here"), ("--host ..", "is unknown here")):
+            done = CliRunner().invoke(app, ["serve", *address.split(), "--model", "no/model"])
+            assert done.exit_code == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.output
+        application = create_app("accurate")
+        with pytest.raises(ValueError, match="is taken"):
+            serve.run_app(application, port=port)
+        application.state.service.close()
+
+
 def test_the_server_is_light():
     "Importing it brings neither the learning side nor the page."
     code = "import sys, fer_nbdev.serve; print([m for m in ('torch', 'fastai', 'fastcore', 'pandas', 'sklearn', 'gradio', 'matplotlib') if m in sys.modules])"

@@ -39,6 +39,7 @@ def test_hopeless_trials_are_given_up(found):
     assert len(rows) == 7 and {r["state"] for r in rows} == {"complete", "pruned"}
     assert all(r["epochs"] == TINY.epochs for r in rows if r["state"] == "complete")
     assert all(r["epochs"] < TINY.epochs for r in rows if r["state"] == "pruned")
+    assert [t.user_attrs["why"] for t in study.trials if "why" in t.user_attrs] == [f"others did better after {r['epochs']} epochs" for r in rows if r["state"] == "pruned"]
 
 
 def test_the_score_of_a_trial_is_that_of_its_best_epoch(found):
@@ -121,6 +122,9 @@ def test_values_that_do_not_go_together_are_given_up(tmp_path, capsys):
     states = {(t.params["sampling"], t.params["class_weights"]) == ("oversample", "inverse"): t.state.name for t in study.trials}
     assert len(study.trials) == 6 and states == {True: "PRUNED", False: "COMPLETE"}
     assert "given up after  0 epochs: no score" in (said := capsys.readouterr().out) and "both bring rare classes back" in said
+    for t in study.trials:  # each is announced, with what it tries, before it ends
+        begun, ended = said.index(f"trial {t.number:3} begins: sampling {t.params['sampling']}, "), said.index(f"trial {t.number:3} {'finished' if t.state.name == 'COMPLETE' else 'given up'}")
+        assert begun < ended
 
 
 def test_without_public_test_a_tenth_of_training_chooses_and_is_named(tmp_path):
