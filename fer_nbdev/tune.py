@@ -68,7 +68,8 @@ def parse_space(
         key, eq, text = (s.strip() for s in line.partition("="))
         if not eq: raise ValueError(f"{line!r}: expected field=range or field=choice,choice")
         if key in found: raise ValueError(f"{key} is searched twice")
-        if key.partition(".")[0] in (*_FIXED, *_IN_LOSS.get(recipe.monitor, ())): raise ValueError(f"{key} can't be searched: scores of recipes that differ in it can't be compared by {recipe.monitor}")
+        in_loss = (*_IN_LOSS[recipe.monitor], *["bs"]*bool(recipe.class_weights)) if recipe.monitor in _IN_LOSS else ()  # weights are averaged batch by batch
+        if key.partition(".")[0] in (*_FIXED, *in_loss): raise ValueError(f"{key} can't be searched: scores of recipes that differ in it can't be compared by {recipe.monitor}")
         d = found[key] = _distribution(key, text)
         for value in d.choices if hasattr(d, "choices") else (d.low, d.high): recipe.set(_settings({key: value}))
     if not found: raise ValueError("nothing to search: give a space such as lr=log:1e-3:1e-1")
@@ -87,21 +88,27 @@ class ReportTrial(Callback):
     def before_fit(self):
         self.history.verbose = False
         self.learn.remove_cb(Curves)  # one picture shows all trials
-        for row in self.history.rows: self._report(row)
+        known = self.trial.study.trials[self.trial.number].intermediate_values
+        for row in self.history.rows:  # of a trial that was killed, the epoch that it had no time to report
+            if row["epoch"] + 1 not in known: self._report(row)
 
-    def after_epoch(self):
-        self._report(self.history.rows[-1])
-        if self.epoch + 1 < self.n_epoch and self.trial.should_prune(): raise require("optuna", "scale").TrialPruned(f"others did better after {self.epoch + 1} epochs")
+    def after_epoch(self): self._report(self.history.rows[-1])
 
-    def _report(self, row): self.trial.report(row[self.monitor], row["epoch"] + 1)
+    def _report(self, row):
+        epochs = row["epoch"] + 1
+        self.trial.report(row[self.monitor], epochs)
+        if epochs < self.n_epoch and self.trial.should_prune(): raise require("optuna", "scale").TrialPruned(f"others did better after {epochs} epochs")
 
 # %% ../nbs/13a_tune.ipynb #66655c65
+def _minutes(run):
+    "What the epochs of a run took; of one that never began, nothing."
+    return sum(row["seconds"] for row in json.loads((run/"history.json").read_text()))/60 if (run/"history.json").exists() else 0.
+
 def _run_trial(study, trial, recipe, table, out, device):
     "Train one trial and tell the study how it ended. Values that training refuses, where it has taken others, are given up; a score that is no number is a failure."
     from optuna import TrialPruned
     from optuna.trial import TrialState
-    run = out/"trials"/trial.user_attrs.get("folder", f"{trial.number:03d}")
-    trial.set_user_attr("folder", run.name)
+    run = out/"trials"/f"{trial.number:03d}"
     try: train(recipe.set(_settings(trial.params)), table, run, resume=True, device=device, progress=False, cbs=[ReportTrial(trial, recipe.monitor)])
     except (TrialPruned, ValueError) as e:
         state, score = TrialState.PRUNED, None
@@ -114,15 +121,17 @@ def _run_trial(study, trial, recipe, table, out, device):
         score = rows[best_epoch(rows, recipe.monitor)][recipe.monitor]
         state = TrialState.FAIL if math.isnan(score) else TrialState.COMPLETE
         if state == TrialState.FAIL: trial.set_user_attr("why", "its score is no number")
+    trial.set_user_attr("minutes", _minutes(run))
     study.tell(trial, None if state != TrialState.COMPLETE else score, state)
     (run/"last.safetensors").unlink(missing_ok=True)  # nobody goes on from here
 
-def _retry_running(study):
-    "Trials that were running when the process died: queued again with the same values and the same folder."
-    from optuna.trial import TrialState
-    for t in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(t.number, state=TrialState.FAIL)
-        study.enqueue_trial(t.params, user_attrs=dict(folder=t.user_attrs.get("folder", f"{t.number:03d}")))
+def _running(study, distributions):
+    "Trials that were running when the process died, to be trained on; one that had not got all its values yet has failed."
+    from optuna.trial import Trial, TrialState
+    trials = study.get_trials(states=(TrialState.RUNNING,))
+    for t in trials:
+        if set(t.params) != set(distributions): study.tell(t.number, state=TrialState.FAIL)
+    return [Trial(study, t._trial_id) for t in trials if set(t.params) == set(distributions)]  # optuna has no public way to go on with a trial
 
 # %% ../nbs/13a_tune.ipynb #caa29f4e
 def _begin(out, recipe, space, data, resume):
@@ -172,8 +181,7 @@ def trial_rows(
 ) -> list:
     "A dict a trial, in their order: number, state, score (the best epoch of a finished trial, the last of one that was given up), epochs, minutes, and the values tried."
     def row(t):
-        minutes = t.duration.total_seconds()/60 if t.duration else 0.
-        return dict(trial=t.number, state=t.state.name.lower(), score=t.value, epochs=len(t.intermediate_values), minutes=round(minutes, 3), **t.params)
+        return dict(trial=t.number, state=t.state.name.lower(), score=t.value, epochs=len(t.intermediate_values), minutes=round(t.user_attrs.get("minutes", 0.), 3), **t.params)
     return [row(t) for t in study.trials]
 
 def _values(params):
@@ -241,15 +249,15 @@ def tune(
     space: list | None,  # strings like `lr=log:1e-3:1e-1`, `optimizer=adam,sgd`, `augment.rotate=0:20`; None takes those of the search being resumed
     out,  # folder of the search
     n_trials: int = 20,  # trials in all, finished, given up or failed, those before a resume included
-    resume: bool = False,  # go on with the search in `out`; begins it where there is none
+    resume: bool = False,  # resume the search in `out`, or start one if there is none
     device=None,  # torch device; None takes the GPU where there is one
     min_epochs: int = 1,  # epochs that every trial gets
-    reduction: int = 3,  # ASHA keeps one of so many trials at each look, and looks after so many times as many epochs
+    reduction: int = 3,  # ASHA keeps one in `reduction` trials at each rung, and each rung has `reduction` times the epochs of the last
 ):
     """Search the best values of some fields of a recipe, by Optuna's TPE sampler and ASHA; returns the `optuna.Study`.
 
     `out` receives study.db, search.json, a folder `trials` with one run each, trials.csv, trials.png and best.yaml. A search that was
-    killed goes on with `resume=True`: finished trials count, the one that was running is trained on. Raises `ValueError` for a space
+    killed goes on with `resume=True`: finished trials count, and the interrupted one is continued. Raises `ValueError` for a space
     that the recipe refuses, for a recipe that validates on PrivateTest, where `out` holds another search, and among several ranks."""
     if num_distrib() > 1: raise ValueError("a search trains one network after the other in one process: start it without torchrun")
     out, table = Path(expand_home(out)), table[table.usage != "PrivateTest"]
@@ -259,10 +267,10 @@ def tune(
     distributions = parse_space(space, recipe)
     with _quiet_optuna():
         study = _open_study(out, recipe, min_epochs, reduction)
-        if resume: _retry_running(study)
+        pending = _running(study, distributions) if resume else []
         drawn = time.time()
         while _count_tried(study) < n_trials:
-            trial = study.ask(distributions)
+            trial = pending.pop(0) if pending else study.ask(distributions)
             print(f"trial {trial.number:3} begins: {_values(trial.params)}", flush=True)
             _run_trial(study, trial, recipe, table, out, device)
             why = study.trials[trial.number].user_attrs.get("why")

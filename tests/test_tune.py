@@ -10,12 +10,13 @@ import pytest
 from _tables import write_csv
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed")
+from fastai.callback.core import Callback  # noqa: E402
 
 from fer_nbdev.cli import app  # noqa: E402
 from fer_nbdev.data import synthetic_faces  # noqa: E402
 from fer_nbdev.recipe import Recipe  # noqa: E402
 from fer_nbdev.train import train  # noqa: E402
-from fer_nbdev.tune import trial_rows, tune  # noqa: E402
+from fer_nbdev.tune import parse_space, trial_rows, tune  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 TABLE = synthetic_faces(210)
@@ -97,12 +98,11 @@ def test_a_killed_search_loses_no_trial(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, [*command, "--resume"])
     assert done.exit_code == 0, done.output
     after = optuna.load_study(study_name="fer", storage=storage).trials
-    assert after[:2] == before[:2] and after[2].state.name == "FAIL"
-    assert len(after) == 5 and all(t.state.name in ("COMPLETE", "PRUNED") for t in after[3:])
-    assert after[3].params == before[2].params and after[3].user_attrs["folder"] == "002"
-    assert sorted(p.name for p in (tmp_path / "search" / "trials").iterdir()) == ["000", "001", "002", "004"]
+    assert after[:2] == before[:2] and after[2].params == before[2].params
+    assert len(after) == 4 and all(t.state.name in ("COMPLETE", "PRUNED") for t in after)
+    assert sorted(p.name for p in (tmp_path / "search" / "trials").iterdir()) == ["000", "001", "002", "003"]
     assert "fer train --recipe" in done.stdout and (tmp_path / "search" / "best.yaml").exists()
-    seen = [[t.params[k] for k in t.params] for t in (*after[:2], *after[3:])]
+    seen = [[t.params[k] for k in t.params] for t in after]
     assert len({str(v) for v in seen}) == 4  # a resumed sampler does not begin with the same values again
 
 
@@ -121,7 +121,7 @@ def test_values_that_do_not_go_together_are_given_up(tmp_path, capsys):
     study = tune(None, TABLE, None, tmp_path / "search", n_trials=6, resume=True, device="cpu")
     states = {(t.params["sampling"], t.params["class_weights"]) == ("oversample", "inverse"): t.state.name for t in study.trials}
     assert len(study.trials) == 6 and states == {True: "PRUNED", False: "COMPLETE"}
-    assert "given up after  0 epochs: no score" in (said := capsys.readouterr().out) and "both bring rare classes back" in said
+    assert "given up after  0 epochs: no score" in (said := capsys.readouterr().out) and "both balance the classes" in said
     for t in study.trials:  # each is announced, with what it tries, before it ends
         begun, ended = said.index(f"trial {t.number:3} begins: sampling {t.params['sampling']}, "), said.index(f"trial {t.number:3} {'finished' if t.state.name == 'COMPLETE' else 'given up'}")
         assert begun < ended
@@ -157,3 +157,41 @@ def test_private_test_is_refused_whatever_rows_there_are(tmp_path):
 def test_scores_that_are_no_numbers_end_a_search(tmp_path, capsys):
     study = tune(TINY.set(["epochs=1", "monitor=valid_loss"]), TABLE, ["lr=1e30:1e31"], tmp_path / "search", n_trials=2, device="cpu")
     assert [t.state.name for t in study.trials] == ["FAIL", "FAIL"] and capsys.readouterr().out.count("its score is no number") == 2
+
+
+class Scored(Callback):
+    "Writes its own scores into the history, and pulls the plug after some epochs."
+    order = 63  # before ReportTrial
+
+    def __init__(self, scores, killed_after=None): self.scores, self.killed_after = scores, killed_after
+
+    def after_epoch(self): self.history.rows[-1]["accuracy"] = self.scores[self.epoch]
+
+    def before_epoch(self):
+        if self.epoch == self.killed_after: raise KeyboardInterrupt
+
+
+def test_a_killed_trial_goes_on_and_is_judged_as_if_it_had_not_been(tmp_path, monkeypatch):
+    found = {}
+    for name, killed_after in (("whole", None), ("killed", 4)):
+        def scored(*args, cbs, killed_after=killed_after, **options):
+            train(*args, cbs=[*cbs, Scored([.2, .3, .4, .45, .5, .52], killed_after)], **options)
+        monkeypatch.setattr("fer_nbdev.tune.train", scored)
+        if killed_after:
+            with pytest.raises(KeyboardInterrupt):
+                tune(TINY.set(["epochs=6"]), TABLE, [SPACE[0]], tmp_path / name, n_trials=1)
+            time.sleep(1.5)
+            monkeypatch.setattr("fer_nbdev.tune.train", lambda *args, cbs, **options: train(*args, cbs=[*cbs, Scored([.2, .3, .4, .45, .5, .52])], **options))
+        found[name] = tune(None if killed_after else TINY.set(["epochs=6"]), TABLE, None if killed_after else [SPACE[0]], tmp_path / name, n_trials=1, resume=bool(killed_after))
+    whole, killed = found["whole"].trials, found["killed"].trials
+    assert len(killed) == 1 and killed[0].intermediate_values == whole[0].intermediate_values
+    assert {k: v for k, v in killed[0].system_attrs.items() if "rung" in k} == {k: v for k, v in whole[0].system_attrs.items() if "rung" in k} != {}
+    rows = json.loads((tmp_path / "killed" / "trials" / "000" / "history.json").read_text())
+    assert trial_rows(found["killed"])[0]["minutes"] == pytest.approx(sum(r["seconds"] for r in rows) / 60, abs=1e-3)
+
+
+def test_batches_are_no_choice_where_weights_are_averaged_over_them():
+    weighted = TINY.set(["monitor=valid_loss", "class_weights=inverse"])
+    with pytest.raises(ValueError, match="bs can't be searched"):
+        parse_space(["bs=16,32"], weighted)
+    assert parse_space(["bs=16,32"], weighted.set(["class_weights=null"]))
