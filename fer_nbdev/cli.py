@@ -451,17 +451,25 @@ def serve(
 
 # %% ../nbs/14_cli.ipynb #78fe1cce
 @app.command(rich_help_panel="Understand")
-def models():
-    """List the bundled models with their scores and how fast they are.
+def models(
+    model: Annotated[str | None, typer.Argument(help="Tell all that the card of this one says: a bundled model or a model folder.", **_completed(_model_names))] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The cards themselves: one JSON object by name, or the card of the one model.")] = False,
+):
+    """List the bundled models with their scores and how fast they are, or tell all about one.
 
     Examples:
     - `fer models` # the table
-    - `fer predict photo.jpg --model fast` # what one of them says
+    - `fer models accurate` # every score, what it costs, how to train it again
+    - `fer models run/model` # the same of your own
+    - `fer models --json` # the cards, for a program
 
     Accuracy, macro F1 and calibration error (ECE) are those on PrivateTest, which selected nothing; milliseconds per face are those of one core of the machine that the cards name, alone and in batches of 64.
     """
-    from fer_nbdev.cards import bundled_models
+    from fer_nbdev.cards import bundled_models, find_model, model_card, read_card
+    from rich.markdown import Markdown
     from rich.table import Table
+    if as_json: return print(json.dumps(read_card(find_model(model), check_files=False) if model else bundled_models()))
+    if model: return _console().print(Markdown(model_card(model))) if sys.stdout.isatty() else print(model_card(model))
     table = Table("model", "network", "params", "file", "accuracy", "F1", "ECE", "ms", "ms in 64", title="Bundled models: scores on PrivateTest, milliseconds per face on one core", box=None, padding=(0, 1))
     for name, card in bundled_models().items():
         s, t = card["scores"]["PrivateTest"], card["latency"]

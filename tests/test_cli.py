@@ -16,7 +16,7 @@ from _tables import write_csv
 pytest.importorskip("fastai")
 from typer.testing import CliRunner
 
-from fer_nbdev.cards import bundled_models
+from fer_nbdev.cards import bundled_models, model_card
 from fer_nbdev.cli import _Watched, _open, _report, _train_recipe, app
 from fer_nbdev.core import sample_portrait
 from fer_nbdev.data import read_fer2013, synthetic_faces
@@ -183,6 +183,12 @@ def test_help_has_examples_that_can_be_typed(name, tmp_path, monkeypatch):
 def test_commands_are_listed_by_what_they_are_for():
     listed = typer.main.get_command(app).list_commands(None)
     assert sorted(listed) == sorted(COMMANDS) and [k for k, _ in itertools.groupby(listed, lambda name: COMMANDS[name].rich_help_panel)] == ["Use", "Train", "Understand", "Deploy"]
+
+
+def test_models_tells_all_of_one_and_cards_for_programs():
+    assert _fer("models fast") == " ".join(model_card("fast").split()) and "fer train --data fer2013.csv --recipe fast" in _fer("models fast")
+    assert json.loads(_fer("models --json")) == bundled_models() and json.loads(_fer("models accurate --json")) == bundled_models()["accurate"]
+    assert "unknown model 'nosuch'" in _fer("models nosuch", code=2)
 
 
 def test_the_shell_completes_names_without_waiting_for_torch(tmp_path):
