@@ -249,7 +249,8 @@ def plot_history(
         for key, label in curves.items():
             if key in rows[0]: ax.plot(epochs, [r[key] for r in rows], label=label, marker="." if len(rows) < 3 else None)
         ax.axvline(rows[best]["epoch"], color="0.8", lw=1, zorder=0)
-        ax.set_xlabel("epoch"); ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
+        ax.set_xlabel("epoch"); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
     axs[1].set_title(f"best: epoch {rows[best]['epoch']}, {monitor} {rows[best][monitor]:.3f}", fontsize=9)
     return axs
 

@@ -450,7 +450,8 @@ def plot_class_curves(
     if ax is None: _, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     for c in recall.iloc[-1].sort_values(ascending=False).index: ax.plot(recall.index, recall[c], label=f"{c} {recall[c].iloc[-1]:.0%}", lw=1.4, marker="." if len(recall) < 3 else None)
     ax.plot(recall.index, recall.mean(1), color="0.2", lw=2, ls=":", label=f"mean {recall.mean(1).iloc[-1]:.0%}")
-    ax.set(xlabel="epoch", ylabel="recall", ylim=(0, 1)); ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5)); ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel="epoch", ylabel="recall", ylim=(0, 1)); ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5)); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../nbs/07_interpret.ipynb #8e79f407
