@@ -216,9 +216,11 @@ class Announce(Callback):
     def before_fit(self):
         if rank_distrib(): return
         recipe, first = read_recipe(self.out/"recipe.yaml"), getattr(self.learn, "first_epoch", 0)
+        over = first > 0 and any(isinstance(cb, EarlyStop) and cb._is_over() for cb in self.learn.cbs)
         precision = "bf16" if any(isinstance(cb, BF16) for cb in self.learn.cbs) else "fp32"
+        done = f", of which {first} are done{' (it has ended early)'*over}," if first else ""
         print(f"{recipe.name}: {recipe.arch}, {count_parameters(get_model(self.model)):,} parameters, {self.n_epoch} epoch{'s'*(self.n_epoch != 1)}"
-              f"{f', of which {first} are done,' if first else ''} on {self.dls.device} in {precision}; folder {self.out}", flush=True)
+              f"{done} on {self.dls.device} in {precision}; folder {self.out}", flush=True)
 
 # %% ../nbs/04b_callbacks.ipynb #7eb0b9d6
 def best_epoch(

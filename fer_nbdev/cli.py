@@ -310,7 +310,7 @@ def predict(
     min_confidence: Annotated[float, typer.Option(min=0, max=1, help="Below this probability the answer is: uncertain.")] = 0.,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views: a little better, ten times slower.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of the network. Default: the usable cores, at most 4.")] = None,
-    provider: Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, coreml, openvino, directml. Repeatable.", **_completed(_provider_names))] = None,
+    provider: Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, tensorrt, coreml, openvino, directml. Repeatable.", **_completed(_provider_names))] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read images and find faces; with --engine ray: processes. Default: the usable cores.")] = None,
     files_from: Annotated[Path | None, typer.Option(help="Read more paths from this file, one per line; - for standard input.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image.")] = False,
@@ -603,13 +603,13 @@ def _train_recipe(out, recipe, default, settings, resume=False, classes=None, te
     "The recipe of a new run; None where the run in `out` is resumed with its own."
     from fastai.torch_core import num_distrib
     from fer_nbdev.cards import find_model
-    _check_folder("--out", out)
     from fer_nbdev.recipe import read_recipe
-    if resume and not (out/"run.json").exists():
-        if not num_distrib(): raise ValueError(f"there is no run in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
-    elif resume:
-        if recipe or settings or classes or teachers: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set, --classes and --teacher out, or choose another --out")
-        return None
+    _check_folder("--out", out)
+    begun, given = (out/"run.json").exists(), recipe or settings or classes or teachers
+    if resume and not num_distrib():  # torchrun starts the same command again, whether there is a run or not
+        if not begun: raise ValueError(f"there is no run in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
+        if given: raise ValueError("--resume goes on with the run's own recipe: leave --recipe, --set, --classes and --teacher out, or choose another --out")
+    if resume and begun and not given: return None
     asked = [f"classes=[{classes}]"]*bool(classes) + [f"teachers={json.dumps(teachers)}"]*bool(teachers)
     for name in teachers or []: find_model(name)  # raises
     return read_recipe(recipe or default).set([*(settings or []), *asked])

@@ -124,8 +124,9 @@ class Predictor(_FaceFinder):
     ) -> list[list[Prediction]]: # for each image what `predict` gives
         "Predict the faces of several images in one batch; raises what `read_image` raises for the first that cannot be read"
         sources = _several(sources)
-        if boxes is not None: sources, boxes = list(sources), list(boxes)
-        if boxes is not None and len(boxes) != len(sources): raise ValueError(f'{len(boxes)} lists of boxes for {len(sources)} images: expected one list an image')
+        if boxes is not None:
+            sources, boxes = list(sources), list(boxes)
+            if len(boxes) != len(sources): raise ValueError(f'{len(boxes)} lists of boxes for {len(sources)} images: expected one list an image')
         return self._answer(self._look(read_image(source), own, box_format) for source, own in zip(sources, repeat(None) if boxes is None else boxes))
 
     def predict(self,

@@ -119,7 +119,10 @@ class _Uploads(_Folder):
 
     async def make_room(self, size, most):
         "Refuse so many bytes where they do not fit beside what is there, which is counted once a second at most"
-        if monotonic() > self._counted + 1: self.size, self._counted = await asyncio.to_thread(self.sweep), monotonic()
+        if monotonic() > self._counted + 1:
+            self._counted, before = monotonic(), self.size
+            left = await asyncio.to_thread(self.sweep)
+            self.size += left - before # what was let in meanwhile stays counted
         if self.size + size > most: raise _refusal(429, 'too many photos are held here: they are deleted after a minute', _KEPT[0])
         self.size += size
 

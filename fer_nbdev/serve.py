@@ -501,7 +501,7 @@ def create_app(
     batch_wait: float | None = .005, # seconds to wait for other requests, see `MicroBatcher`; None answers each by itself
     workers: int | None = None, # threads that read and detect; default: the usable cores, at most 16
 ) -> FastAPI: # an ASGI application: `run_app(app)`, or any ASGI server, with one process
-    "The web service. Raises `ValueError` and `FileNotFoundError` for unknown models, and `ValueError` for tokens that are too short."
+    "The web service. Raises `ValueError` and `FileNotFoundError` for unknown models and those that cannot be opened, and `ValueError` for tokens that are too short."
     from fer_nbdev import __version__
     tokens, cors, limits = tuple(tokens), tuple(cors), limits or Limits()
     if isinstance(cors, str) or any(not re.fullmatch(r'https?://[^/*]+', origin) for origin in cors): raise ValueError(f'cors must be a list of origins such as "https://example.org", got {cors!r}')

@@ -205,7 +205,7 @@ def prepare_table(
 
 def _check_same(out, recipe, data, teachers):
     "Raise ValueError where the run in `out` was started with another recipe, on other data or with other teachers."
-    before = _read_json(out/"run.json")
+    _, before = read_run(out)
     ours = plain_recipe(_from_dict(before["recipe"], out/"run.json"))
     changed = [k for k, v in plain_recipe(recipe).items() if v != ours[k]]
     if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it without a recipe, or with the recipe.yaml that it wrote; or choose another folder")

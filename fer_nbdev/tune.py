@@ -89,14 +89,13 @@ class ReportTrial(Callback):
         self.history.verbose = False
         self.learn.remove_cb(Curves)  # one picture shows all trials
         known = self.trial.study.trials[self.trial.number].intermediate_values
-        for row in self.history.rows:  # of a trial that was killed, the epoch that it had no time to report
-            if row["epoch"] + 1 not in known: self._report(row)
+        for row in self.history.rows: self._report(row, row["epoch"] + 1 in known)  # a trial that was killed may not have had the time for the last
 
     def after_epoch(self): self._report(self.history.rows[-1])
 
-    def _report(self, row):
+    def _report(self, row, known=False):
         epochs = row["epoch"] + 1
-        self.trial.report(row[self.monitor], epochs)
+        if not known: self.trial.report(row[self.monitor], epochs)
         if epochs < self.n_epoch and self.trial.should_prune(): raise require("optuna", "scale").TrialPruned(f"others did better after {epochs} epochs")
 
 # %% ../nbs/13a_tune.ipynb #66655c65

@@ -55,7 +55,7 @@ def test_training_leaves_a_model_and_its_report(trained):
 def test_training_says_first_what_it_is_about_to_do(trained):
     folder, said = trained
     about = json.loads((folder / "run/run.json").read_text())
-    line = rf"synthetic: {about['recipe']['arch']}, {about['n_params']:,} parameters, 2 epochs on (cpu|cuda\S*|mps\S*) in (bf16|fp32); folder {re.escape(str(folder))}/run "
+    line = rf"synthetic: {about['recipe']['arch']}, {about['n_params']:,} parameters, 2 epochs on (cpu|cuda\S*|mps\S*) in (bf16|fp32); folder {re.escape(str(folder / 'run'))} "
     assert re.search(line, said[:said.index("train_loss")]), said
 
 
@@ -327,3 +327,13 @@ def test_the_home_folder_is_found_after_an_equals_sign_too(trained, tmp_path):
     assert (tmp_path / "photos/a.png").read_bytes() == before and (tmp_path / "photos/a-2.png").exists()
     assert (tmp_path / "run/report/report.html").exists() and (tmp_path / "m/card.json").exists() and (tmp_path / "report/report.html").exists()
     assert not (trained[0] / "~").exists()
+
+
+def test_torchrun_may_start_the_same_command_again(tmp_path, monkeypatch):
+    from fer_nbdev.cli import _train_recipe
+    recipe = _train_recipe(tmp_path, "fast", "fer2013", ["epochs=3"])
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="leave --recipe"):
+        _train_recipe(tmp_path, "fast", "fer2013", ["epochs=3"], resume=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _train_recipe(tmp_path, "fast", "fer2013", ["epochs=3"], resume=True) == recipe and _train_recipe(tmp_path, None, "fer2013", None, resume=True) is None

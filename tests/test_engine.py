@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 
-from fer_nbdev.callbacks import best_epoch, has_bf16
+from fer_nbdev.callbacks import Announce, best_epoch, has_bf16
 from fer_nbdev.cards import weights_folder
 from fer_nbdev.core import EMOTIONS
 from fer_nbdev.data import FER2013, synthetic_faces
@@ -327,18 +327,22 @@ def test_a_damaged_run_is_named(text, said, faces, tmp_path):
     train(SHORT.set(["epochs=1"]), faces, tmp_path, progress=False)
     assert read_run(tmp_path)[1]["finished"] is True
     (tmp_path / "run.json").unlink() if text is None else (tmp_path / "run.json").write_text(text)
-    for reader in (read_run, load_run, lambda run: export_run(run, tmp_path / "model"), open_network, lambda run: compare_runs([run])):
+    readers = [read_run, load_run, lambda run: export_run(run, tmp_path / "model"), open_network, lambda run: compare_runs([run])]
+    if text is not None:
+        readers.append(lambda run: train(None, faces, run, resume=True, progress=False))
+    for reader in readers:
         with pytest.raises((ValueError, FileNotFoundError), match=f"run.json.*{said}|{said}.*run.json"):
             reader(tmp_path)
 
 
 @pytest.mark.parametrize("mix", ["mixup=.2", "cutmix=.2"])
-def test_a_run_that_ended_early_is_whole_and_has_nothing_left_to_do(mix, faces, tmp_path):
+def test_a_run_that_ended_early_is_whole_and_has_nothing_left_to_do(mix, faces, tmp_path, capsys):
     recipe = SHORT.set(["epochs=6", "patience=1", "lr=1e-9", mix])
     train(recipe, faces, tmp_path, progress=False)
     rows = _rows(tmp_path)
     assert len(rows) < 6
-    train(recipe, faces, tmp_path, resume=True, progress=False)
+    train(recipe, faces, tmp_path, resume=True, progress=False, cbs=[Announce(tmp_path)])
+    assert f"6 epochs, of which {len(rows)} are done (it has ended early), on" in capsys.readouterr().out
     assert _rows(tmp_path) == rows and read_run(tmp_path)[1]["finished"] is True
 
 

@@ -1,6 +1,7 @@
 """The page of the server in a Chromium without a window, which can reach nothing but this machine. Where there is none the tests are skipped, and say so."""
 import io
 import json
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -294,6 +295,12 @@ def test_the_page_has_the_limits_of_the_api(monkeypatch):
         assert full.status_code == 429 and int(full.headers["retry-after"]) > 0, full.text
         assert client.get("/").status_code == 200
         eventually(lambda: send(900_000).status_code == 200)
+
+
+def test_requests_that_come_at_once_share_the_room(tmp_path):
+    uploads = page._Uploads(tmp_path, [])
+    async def come(): return await asyncio.gather(*(uploads.make_room(900_000, 2_000_000) for _ in range(10)), return_exceptions=True)
+    assert sum(answer is None for answer in asyncio.run(come())) == 2 and uploads.size == 1_800_000
 
 
 def test_what_was_broken_off_is_swept(server):

@@ -5,7 +5,6 @@ plainly and slowly."""
 import json
 import math
 import pickle
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -152,7 +151,8 @@ def test_settings_of_haar_that_cannot_be_are_refused(option):
 def test_the_home_folder_of_a_detector(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(tmp_path / "gone.onnx")))): detect_faces(noise(60, 60), "~/gone.onnx")
+    with pytest.raises(FileNotFoundError, match="gone.onnx") as said: detect_faces(noise(60, 60), "~/gone.onnx")
+    assert repr(str(tmp_path))[1:-1] in str(said.value)
 
 
 @given(boxed(n=3), st.sampled_from(BAD + [-.5, -1, 10, 11]))

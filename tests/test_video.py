@@ -260,7 +260,6 @@ def test_image_sequences(tmp_path):
         list(read_frames([np.zeros((9, 9, 3))]))
 
 
-@needs_ffmpeg
 def test_a_folder_that_is_named_like_an_image_is_left_out(tmp_path):
     for k in range(2):
         cv2.imwrite(str(tmp_path / f"{k}.png"), gradient(k))
@@ -271,6 +270,7 @@ def test_a_folder_that_is_named_like_an_image_is_left_out(tmp_path):
             assert [number(f.image) for f in read_frames(source)] == [0, 1]
 
 
+@needs_ffmpeg
 def test_a_variable_frame_rate_keeps_its_times(tmp_path):
     write(tmp_path / "a.avi", map(gradient, range(50)))
     ffmpeg("-i", tmp_path / "a.avi", "-vf", "select='lt(n,20)+not(mod(n,3))'", "-fps_mode", "vfr", "-c:v", "libx264", "-crf", "10", tmp_path / "vfr.mp4")
