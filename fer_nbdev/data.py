@@ -52,8 +52,8 @@ class FER2013:
             raise ValueError(f"pixels, emotion and usage must have one length, not {n}, {len(self.emotion)} and {len(self.usage)}")
         if np.asarray(self.usage).dtype.kind == "U":  # room for every split, or numpy would cut a longer name put in place of "Training"
             object.__setattr__(self, "usage", np.asarray(self.usage).astype(np.result_type(self.usage, "<U11")))
-        unknown = sorted(set(np.unique(self.usage).tolist()) - set(USAGES))
-        if unknown: raise ValueError(f"unknown split {unknown[0]!r}: expected {', '.join(USAGES)}")
+        known = np.isin(self.usage, USAGES)
+        if not known.all(): raise ValueError(f"unknown split {str(np.asarray(self.usage)[~known][0])!r}: expected {', '.join(USAGES)}")
         if self.soft is None: return
         if np.shape(self.soft) != (n, len(self.classes)):
             raise ValueError(f"soft must be [rows, classes], here {(n, len(self.classes))}, not {np.shape(self.soft)}")

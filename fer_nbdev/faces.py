@@ -16,8 +16,8 @@ def resize_face(
     size: int, # the new side, in pixels
 ) -> np.ndarray: # uint8 [size, size]
     "A face in another size: by areas where it shrinks, by lines where it grows"
-    cv2 = import_cv2()
     if gray.shape == (size, size): return gray
+    cv2 = import_cv2()
     return cv2.resize(gray, (size, size), interpolation=cv2.INTER_AREA if min(gray.shape) > size else cv2.INTER_LINEAR)
 
 # %% ../nbs/00b_faces.ipynb #555f1aa1
