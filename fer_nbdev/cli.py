@@ -293,12 +293,6 @@ def _check_folder(option, path):
     "Raise `ValueError` where a file is in the place of a folder that a command shall write."
     if path and path.exists() and not path.is_dir(): raise ValueError(f"{option} {path} is a file: expected a folder")
 
-def _check_device(device):
-    "Raise `ValueError` for a device that torch has never heard of; whether it is there is asked later."
-    import torch
-    try: torch.device(device or "cpu")
-    except RuntimeError: raise ValueError(f"device={device!r} cannot be used here: expected cpu, cuda or mps, or cuda:1 for the second GPU") from None
-
 # %% ../nbs/14_cli.ipynb #a96653de
 @app.command(rich_help_panel="Use")
 def predict(
@@ -535,9 +529,10 @@ def train(
     A recipe is one yaml file; to write your own, copy the `recipe.yaml` of any run, edit it, and name it in `--recipe`.
     """
     require("fastai", "train")
+    from fer_nbdev.distributed import _check_device_name
     from fer_nbdev.recipe import list_recipes
     if list_all: return print("\n".join(f"{name:17} {about}" for name, about in list_recipes().items()))
-    _check_device(device)
+    _check_device_name(device or "cpu")
     r = _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings, resume, classes, teacher)
     _run_training(r, _train_data(data, votes, translate), out, resume, device, track)
 
@@ -581,8 +576,9 @@ def tune(
     """
     require("fastai", "train")
     require("optuna", "scale")
+    from fer_nbdev.distributed import _check_device_name
     from fer_nbdev.tune import tune as run
-    _check_device(device)
+    _check_device_name(device or "cpu")
     if resume and not (out/"search.json").exists(): raise ValueError(f"there is no search in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
     if not (resume or search): raise ValueError("nothing to search: name a field and what to try with --search, as in --search lr=log:1e-3:1e-1 or --search optimizer=adam,sgd")
     if resume and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")

@@ -24,8 +24,14 @@ from .callbacks import Freeze
 from .core import require
 
 # %% ../nbs/04c_distributed.ipynb #2ac27681
+def _check_device_name(device):
+    "Raise ValueError for a device that torch has never heard of; whether it is there is asked later."
+    try: torch.device(device)
+    except RuntimeError: raise ValueError(f"device={str(device)!r} cannot be used here: expected cpu, cuda or mps, or cuda:1 for the second GPU") from None
+
 def _check_device(device):
     "Raise ValueError for a device that torch does not know, or cannot use on this machine."
+    _check_device_name(device)
     try: torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as e: raise ValueError(f"device={str(device)!r} cannot be used here: {str(e).partition(chr(10))[0][:200]}") from None
 
