@@ -81,7 +81,8 @@ def _check_graph(session, card, path):
         raise ValueError(f'{str(path)!r} takes faces of {size} pixels, its card says img_size={card["img_size"]}')
     try: probs = session.run(['probs'], {'faces': np.zeros((2, card['img_size'], card['img_size']), np.uint8)})[0]
     except onnxruntime_errors() as e: raise ValueError(f'{str(path)!r} opens, but cannot be run: {e}') from None
-    if probs.ndim != 2 or len(probs) != 2: raise ValueError(f'{str(path)!r} gives an array {list(probs.shape)} for two faces, expected a row of probabilities for each')
+    if probs.ndim != 2 or len(probs) != 2:
+        raise ValueError(f'{str(path)!r} gives an array {list(probs.shape)} for two faces, expected a row of probabilities for each')
     if probs.shape[1] != len(card['classes']):
         raise ValueError(f'{str(path)!r} gives {probs.shape[1]} probabilities, its card lists {len(card["classes"])} classes: {", ".join(card["classes"])}')
 
@@ -124,7 +125,8 @@ def _as_faces(faces, size):
     if isinstance(faces, np.ndarray):
         if faces.dtype == np.uint8 and faces.shape[1:] == (size, size): return faces
         if faces.ndim not in (3, 4) or faces.ndim == 3 and faces.shape[2] in (1, 3, 4):
-            raise ValueError(f'faces must be an array [n, height, width] or a list of crops, got the shape {list(faces.shape)}; a single face goes into a list: [face]')
+            raise ValueError('faces must be an array [n, height, width] or a list of crops, '
+                             f'got the shape {list(faces.shape)}; a single face goes into a list: [face]')
     elif not isinstance(faces, (list, tuple)): raise ValueError(f'faces must be an array [n, {size}, {size}] or a list of crops, got {type(faces).__name__}')
     result = np.empty((len(faces), size, size), np.uint8)
     for i, face in enumerate(faces):
@@ -173,8 +175,8 @@ def _joint_card(cards):
     if len(cards) == 1: return cards[0]
     for card in cards[1:]:
         if card['classes'] != cards[0]['classes']:
-            raise ValueError(f'the models of an ensemble must have the same classes in the same order: {cards[0]["name"]!r} has {", ".join(cards[0]["classes"])}; '
-                             f'{card["name"]!r} has {", ".join(card["classes"])}')
+            raise ValueError('the models of an ensemble must have the same classes in the same order: '
+                             f'{cards[0]["name"]!r} has {", ".join(cards[0]["classes"])}; {card["name"]!r} has {", ".join(card["classes"])}')
     return dict(name=' + '.join(card['name'] for card in cards), arch='ensemble', classes=list(cards[0]['classes']),
                 img_size=max(card['img_size'] for card in cards), models=cards)
 
@@ -208,4 +210,6 @@ class FaceClassifier:
         probs = [_over_views(m, faces[m.img_size]) if self.tta else m(faces[m.img_size]) for m in self._models]
         return probs[0] if len(probs) == 1 else np.mean(probs, axis=0)
 
-    def __repr__(self): return f'{type(self).__name__}({self.card["name"]!r}, {len(self.classes)} classes, {self.img_size} x {self.img_size}, threads={self._models[0].key[2]})'
+    def __repr__(self):
+        return (f'{type(self).__name__}({self.card["name"]!r}, {len(self.classes)} classes, '
+                f'{self.img_size} x {self.img_size}, threads={self._models[0].key[2]})')

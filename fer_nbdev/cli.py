@@ -63,14 +63,16 @@ def _show_version(on: bool):
         raise typer.Exit()
 
 @app.callback(invoke_without_command=True)
-def _fer(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")] = False):
+def _fer(ctx: typer.Context,
+         version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")] = False):
     if ctx.invoked_subcommand is None: print(ctx.get_help())
 
 # %% ../nbs/14_cli.ipynb #1364821a
 def find_images(
     arguments: list,  # files, folders, patterns or "-"
 ) -> list:
-    "The images behind command-line arguments, in order and each once. A folder or pattern without any raises `ValueError`; a missing file is kept, to be reported when it is read."
+    """The images behind command-line arguments, in order and each once. A folder or pattern without any raises `ValueError`;
+    a missing file is kept, to be reported when it is read."""
     found = []
     for a in map(expand_home, arguments):
         if a == "-" or not (Path(a).is_dir() or glob.has_magic(a) and not Path(a).exists()): found.append(a); continue
@@ -155,7 +157,7 @@ def _annotate(out, picture, name, preds):
     with write_whole(out/f"{name}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
 
 def _names(images, out):
-    "A stem of a picture in `out` for every image: a different one for each, also where capitals and small letters are the same, and never that of an image which is read."
+    "A stem of a picture in `out` for every image: all different, also where capitals and small letters are the same, and never that of an image which is read."
     taken, names = {}, []  # a name as file systems compare it -> the number that the next one like it tries first
     def plain(name): return normalize("NFC", str(name)).casefold()
     read = {plain(os.path.realpath(image)) for image in images if "\0" not in image}
@@ -285,7 +287,14 @@ def _provider_names():
 def _split_names(): return ["private", "public", "train"]
 
 _Model = Annotated[list[str], typer.Option(help="A bundled model (see `fer models`) or a model folder. Several are averaged.", **_completed(_model_names))]
-_Recipe = Annotated[str | None, typer.Option(help="A bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.", **_completed(_recipe_names))]
+_Recipe = Annotated[str | None, typer.Option(help="A bundled recipe or a yaml file. Default: fer2013 with --data, synthetic without.",
+                                             **_completed(_recipe_names))]
+_Provider = Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, tensorrt, coreml, openvino, directml. Repeatable.",
+                                                     **_completed(_provider_names))]
+_Engine = Annotated[str, typer.Option(help="threads: this process prints as it goes. ray: processes, here or on a cluster, write --out; "
+                                           "arguments may be addresses (s3://...) and tables (.parquet, .csv).")]
+_RayOut = Annotated[str | None, typer.Option(help="With --engine ray: folder or address for parquet files, one row per face. "
+                                                  "Killed? The same command does what is missing.")]
 _Data = Annotated[Path | None, typer.Option(help="FER2013: a csv or class folders. Without: drawn faces.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the GPU where there is one.")]
 
@@ -296,23 +305,26 @@ def _check_folder(option, path):
 # %% ../nbs/14_cli.ipynb #a96653de
 @app.command(rich_help_panel="Use")
 def predict(
-    images: Annotated[list[str] | None, typer.Argument(help="Files, folders, quoted patterns, or - for an image on standard input. Without any: a sample portrait.")] = None,
+    images: Annotated[list[str] | None, typer.Argument(
+        help="Files, folders, quoted patterns, or - for an image on standard input. Without any: a sample portrait.")] = None,
     model: _Model = ["accurate"],
-    detector: Annotated[str, typer.Option(help="auto, haar, yunet, the path of a YuNet model, or none: every image is one face.", **_completed(lambda: [*_detector_names(), "none"]))] = "auto",
+    detector: Annotated[str, typer.Option(help="auto, haar, yunet, the path of a YuNet model, or none: every image is one face.",
+                                          **_completed(lambda: [*_detector_names(), "none"]))] = "auto",
     margin: Annotated[float | None, typer.Option(help="What to add around a face, as a part of its box. Default: as the models were trained.")] = None,
     align: Annotated[bool, typer.Option("--align", help="Turn faces upright by the eyes; needs yunet.")] = False,
     min_confidence: Annotated[float, typer.Option(min=0, max=1, help="Below this probability the answer is: uncertain.")] = 0.,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views: a little better, ten times slower.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of the network. Default: the usable cores, at most 4.")] = None,
-    provider: Annotated[list[str] | None, typer.Option(help="What computes: cpu, cuda, tensorrt, coreml, openvino, directml. Repeatable.", **_completed(_provider_names))] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that read images and find faces; with --engine ray: processes. Default: the usable cores.")] = None,
+    provider: _Provider = None,
+    workers: Annotated[int | None, typer.Option(
+        help="Threads that read images and find faces; with --engine ray: processes. Default: the usable cores.")] = None,
     files_from: Annotated[Path | None, typer.Option(help="Read more paths from this file, one per line; - for standard input.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One csv row per face.")] = False,
     annotate: Annotated[Path | None, typer.Option(help="Folder for pictures with boxes, labels and bars.")] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Say how long reading, detecting and classifying took.")] = False,
-    engine: Annotated[str, typer.Option(help="threads: this process prints as it goes. ray: processes, here or on a cluster, write --out; arguments may be addresses (s3://...) and tables (.parquet, .csv).")] = "threads",
-    out: Annotated[str | None, typer.Option(help="With --engine ray: folder or address for parquet files, one row per face. Killed? The same command does what is missing.")] = None,
+    engine: _Engine = "threads",
+    out: _RayOut = None,
     ray_address: Annotated[str | None, typer.Option(help="With --engine ray: cluster to join. Default: $RAY_ADDRESS, or one that is started here.")] = None,
 ):
     """Find the faces in images and print the emotion of each.
@@ -326,7 +338,8 @@ def predict(
     - `fer predict s3://bucket --engine ray --out emotions` # many at work
     """
     if as_json and as_csv: raise typer.BadParameter("--json and --csv exclude each other")
-    settings = dict(model=model, detector=detector, margin=margin, align=align, min_confidence=min_confidence, tta=tta, threads=threads, providers=provider or None)
+    settings = dict(model=model, detector=detector, margin=margin, align=align,
+                    min_confidence=min_confidence, tta=tta, threads=threads, providers=provider or None)
     if _check_engine(engine, out, ray_address, {"--json": as_json, "--csv": as_csv, "--annotate": annotate, "--latency": latency}):
         return _predict_ray(images, files_from, out, ray_address=ray_address, workers=workers, **{**settings, "threads": threads or 1})
     _predict_here(_arguments(images, files_from), workers, as_json, as_csv, annotate, latency, **settings)
@@ -361,7 +374,8 @@ def _video_progress(reader):
 
     @contextmanager
     def bar():
-        with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.fields[speed]}"), console=_console(err=True)) as progress:
+        with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+                      TextColumn("{task.fields[speed]}"), console=_console(err=True)) as progress:
             task = progress.add_task(escape(reader.name), total=reader.duration, speed="")
             def advance(frame):
                 progress.update(task, completed=frame.time - reader.start, speed=f"{frame.time:.1f} s, {len(frame.preds)} faces")
@@ -390,7 +404,8 @@ def video(
     - `fer video talk.mp4 --end 90 --json - | jq .time` # for a program
     - `fer video "frames/*.png" --fps 30 --csv faces.csv` # from pictures
     """
-    _run_video(source, live, model, detector, min_confidence, jsonl, out=out, table=csv_file, timeline=timeline, start=start, end=end, every=every, smoothing=smoothing, fps=fps, window=window)
+    _run_video(source, live, model, detector, min_confidence, jsonl, out=out, table=csv_file, timeline=timeline,
+               start=start, end=end, every=every, smoothing=smoothing, fps=fps, window=window)
 
 # %% ../nbs/14_cli.ipynb #f104af3e
 @app.command(rich_help_panel="Use")
@@ -409,15 +424,20 @@ def webcam(
     - `fer webcam 1 --csv faces.csv` # the second camera, with a table
     - `fer webcam --no-window --json - --seconds 60` # a line for each frame
     """
-    _run_video(camera, True, model, detector, min_confidence, jsonl, out=out, table=csv_file, timeline=timeline, end=seconds, every=every, smoothing=smoothing, window=window)
+    _run_video(camera, True, model, detector, min_confidence, jsonl,
+               out=out, table=csv_file, timeline=timeline, end=seconds, every=every, smoothing=smoothing, window=window)
 
 # %% ../nbs/14_cli.ipynb #ba304c28
 @app.command(rich_help_panel="Deploy")
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
-    model: Annotated[list[str] | None, typer.Option(help="Bundled model or model folder; may be repeated, the first is the default. All bundled ones where none is given.", **_completed(_model_names))] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with one token per line: only clients that know one are answered. The variable FER_TOKENS does the same, with commas.", exists=True, dir_okay=False)] = None,
+    model: Annotated[list[str] | None, typer.Option(
+        help="Bundled model or model folder; may be repeated, the first is the default. All bundled ones where none is given.",
+        **_completed(_model_names))] = None,
+    token_file: Annotated[Path | None, typer.Option(
+        help="File with one token per line: only clients that know one are answered. The variable FER_TOKENS does the same, with commas.",
+        exists=True, dir_okay=False)] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origin whose pages may ask from a browser, such as https://example.org; may be repeated.")] = None,
     page: Annotated[bool, typer.Option(help="The page for people at /, beside the API.")] = True,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that read images and find faces; default: the usable cores.")] = None,
@@ -436,17 +456,20 @@ def serve(
     lines = token_file.read_text(encoding="utf-8").splitlines() if token_file else os.environ.get("FER_TOKENS", "").split(",")
     tokens = [line.strip() for line in lines if line.strip()]
     if token_file and not tokens: raise ValueError(f"{str(token_file)!r} holds no token: expected one a line")
-    application = create_app(model or None, limits=Limits(queue=max_queue, body_bytes=round(max_mb*1e6), held_bytes=max(Limits.held_bytes, round(2*max_mb*1e6))), tokens=tokens, cors=cors or (), workers=workers)
+    limits = Limits(queue=max_queue, body_bytes=round(max_mb*1e6), held_bytes=max(Limits.held_bytes, round(2*max_mb*1e6)))
+    application = create_app(model or None, limits=limits, tokens=tokens, cors=cors or (), workers=workers)
     if page:
         from fer_nbdev.page import mount_page
         mount_page(application)
-    if host not in ("127.0.0.1", "localhost", "::1") and not tokens: print("fer: everybody who reaches this machine may ask; --token-file lets in only whom you know", file=sys.stderr)
+    if host not in ("127.0.0.1", "localhost", "::1") and not tokens:
+        print("fer: everybody who reaches this machine may ask; --token-file lets in only whom you know", file=sys.stderr)
     run_app(application, host, port)
 
 # %% ../nbs/14_cli.ipynb #78fe1cce
 @app.command(rich_help_panel="Understand")
 def models(
-    model: Annotated[str | None, typer.Argument(help="Tell all that the card of this one says: a bundled model or a model folder.", **_completed(_model_names))] = None,
+    model: Annotated[str | None, typer.Argument(help="Tell all that the card of this one says: a bundled model or a model folder.",
+                                                **_completed(_model_names))] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The cards themselves: one JSON object by name, or the card of the one model.")] = False,
 ):
     """List the bundled models with their scores and how fast they are, or tell all about one.
@@ -457,14 +480,16 @@ def models(
     - `fer models run/model` # the same of your own
     - `fer models --json` # the cards, for a program
 
-    Accuracy, macro F1 and calibration error (ECE) are those on PrivateTest, which selected nothing; milliseconds per face are those of one core of the machine that the cards name, alone and in batches of 64.
+    Accuracy, macro F1 and calibration error (ECE) are those on PrivateTest, which selected nothing; milliseconds per face
+    are those of one core of the machine that the cards name, alone and in batches of 64.
     """
     from fer_nbdev.cards import bundled_models, find_model, model_card, read_card
     from rich.markdown import Markdown
     from rich.table import Table
     if as_json: return print(json.dumps(read_card(find_model(model), check_files=False) if model else bundled_models()))
     if model: return _console().print(Markdown(model_card(model))) if sys.stdout.isatty() else print(model_card(model))
-    table = Table("model", "network", "params", "file", "accuracy", "F1", "ECE", "ms", "ms in 64", title="Bundled models: scores on PrivateTest, milliseconds per face on one core", box=None, padding=(0, 1))
+    table = Table("model", "network", "params", "file", "accuracy", "F1", "ECE", "ms", "ms in 64",
+                  title="Bundled models: scores on PrivateTest, milliseconds per face on one core", box=None, padding=(0, 1))
     for name, card in bundled_models().items():
         s, t = card["scores"]["PrivateTest"], card["latency"]
         table.add_row(name, card["arch"], f"{card['n_params']/1e6:.2f} M", f"{card['files']['model.onnx']['bytes']/1e6:.1f} MB",
@@ -508,10 +533,14 @@ def train(
     recipe: _Recipe = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field: --set epochs=3 --set augment.rotate=20. Repeatable.")] = None,
     classes: Annotated[str | None, typer.Option(help="Train on these classes only, separated by commas.")] = None,
-    votes: Annotated[Path | None, typer.Option(help="fer2013new.csv of FER+: train on its votes instead of single labels; --set soft_share=.5 on half of each.")] = None,
+    votes: Annotated[Path | None, typer.Option(
+        help="fer2013new.csv of FER+: train on its votes instead of single labels; --set soft_share=.5 on half of each.")] = None,
     translate: Annotated[bool, typer.Option("--translate", help="Of the votes take how likely each label of FER2013 is for a face with such votes.")] = False,
-    teacher: Annotated[list[str] | None, typer.Option(help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.", **_completed(_model_names))] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; under torchrun, which starts the same command again, begin it where there is none.")] = False,
+    teacher: Annotated[list[str] | None, typer.Option(
+        help="A bundled model or model folder whose answers to learn from, as far as soft_share says. Repeatable.",
+        **_completed(_model_names))] = None,
+    resume: Annotated[bool, typer.Option(
+        "--resume", help="Go on with the run in --out; under torchrun, which starts the same command again, begin it where there is none.")] = False,
     track: Annotated[str | None, typer.Option(help="Also write to an experiment tracker: tensorboard or wandb.")] = None,
     device: _Device = None,
     list_all: Annotated[bool, typer.Option("--list", help="Explain the bundled recipes and stop.")] = False,
@@ -547,7 +576,8 @@ def _run_training(recipe, table, out, resume, device, track):
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
         raise typer.Exit(130) from None
-    if rank_distrib():  # of several processes the first goes on; the others end here, without taking native threads down one by one, by which PyTorch aborts now and then
+    # of several processes the first goes on; the others end here, without taking native threads down one by one, by which PyTorch aborts now and then
+    if rank_distrib():
         sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
     _print_card(export_run(out, out/"model", table), out/"model")
     _report(out, table)
@@ -579,12 +609,15 @@ def tune(
     from fer_nbdev.distributed import _check_device_name
     from fer_nbdev.tune import tune as run
     _check_device_name(device or "cpu")
-    if resume and not (out/"search.json").exists(): raise ValueError(f"there is no search in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
-    if not (resume or search): raise ValueError("nothing to search: name a field and what to try with --search, as in --search lr=log:1e-3:1e-1 or --search optimizer=adam,sgd")
+    if resume and not (out/"search.json").exists():
+        raise ValueError(f"there is no search in {str(out)!r} to resume: name its folder in --out, or leave --resume out to begin one")
+    if not (resume or search):
+        raise ValueError("nothing to search: name a field and what to try with --search, as in --search lr=log:1e-3:1e-1 or --search optimizer=adam,sgd")
     if resume and (recipe or settings): raise ValueError("--resume goes on with the search's own recipe: leave --recipe and --set out, or choose another --out")
     start = None if resume else _train_recipe(out, recipe, "fer2013" if data else "synthetic", settings)
     run(start, _train_data(data), search, out, trials, resume, device)
-    if (out/"best.yaml").exists(): print(f"trials: {out/'trials.csv'}, {out/'trials.png'}\ntrain the best: fer train --recipe {out/'best.yaml'}" + f" --data {data}"*bool(data))
+    if (out/"best.yaml").exists():
+        print(f"trials: {out/'trials.csv'}, {out/'trials.png'}\ntrain the best: fer train --recipe {out/'best.yaml'}" + f" --data {data}"*bool(data))
 
 # %% ../nbs/14_cli.ipynb #05210d17
 def _train_data(data, votes=None, translate=False):
@@ -626,7 +659,9 @@ def _report(run, table):
 def _print_card(card, out):
     "The scores of an exported model, what its calibration is worth, and where it is."
     for usage, s in card.get("scores", {}).items(): print(f"{usage}: accuracy {s['accuracy']:.1%}, macro F1 {s['macro_f1']:.3f}, ECE {s['ece']:.3f}")
-    if (c := card.get("calibration")) and c["losses"]: print(f"calibration: {c['method']}; log loss on {c['fitted_on'] + ' ' if c['fitted_on'] else ''}faces that it was not fitted on: " + ", ".join(f"{m} {v:.3f}" for m, v in c["losses"].items()))
+    if (c := card.get("calibration")) and c["losses"]:
+        losses = ", ".join(f"{m} {v:.3f}" for m, v in c["losses"].items())
+        print(f"calibration: {c['method']}; log loss on {c['fitted_on'] + ' ' if c['fitted_on'] else ''}faces that it was not fitted on: {losses}")
     print(f"model: {out}")
 
 # %% ../nbs/14_cli.ipynb #7bbc9e90
@@ -638,7 +673,8 @@ def evaluate(
     compare: Annotated[str | None, typer.Option(help="A second model, compared on the same faces.", **_completed(_model_names))] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report: one html page with all pictures, scores.json, predictions.csv.")] = None,
     tta: Annotated[bool, typer.Option("--tta", help="Average over shifted and mirrored views.")] = False,
-    robustness: Annotated[bool, typer.Option("--robustness", help="Also damage the faces in nine ways at five strengths each: takes 46 times as long.")] = False,
+    robustness: Annotated[bool, typer.Option(
+        "--robustness", help="Also damage the faces in nine ways at five strengths each: takes 46 times as long.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All scores as one JSON object.")] = False,
 ):
     """Score a model on one split, beside what its card says, and time it.
@@ -710,8 +746,9 @@ class _Watched:
 def _print_comparison(c, e, other):
     "Which of two models is better, and whether that is more than chance."
     (low, high), gap = c["intervals"]["accuracy"], c["difference"]["accuracy"]
-    print(f"{other.title}: accuracy {other.scores['accuracy']:.2%}; {e.about['model']} is {100*gap:+.2f} points from it (95% between {100*low:+.2f} and {100*high:+.2f}), "
-          f"alone right on {c['only_first']:,} faces, the other on {c['only_second']:,}; p = {c['p_value']:.2g} by McNemar's test")
+    print(f"{other.title}: accuracy {other.scores['accuracy']:.2%}; {e.about['model']} is {100*gap:+.2f} points from it "
+          f"(95% between {100*low:+.2f} and {100*high:+.2f}), alone right on {c['only_first']:,} faces, "
+          f"the other on {c['only_second']:,}; p = {c['p_value']:.2g} by McNemar's test")
 
 def _print_card_and_speed(predictor, split):
     "What the card of a model says about the split, and how long a face takes here and now."
@@ -734,12 +771,16 @@ def _print_scores(s, title):
 # %% ../nbs/14_cli.ipynb #8e5a2318
 @app.command(rich_help_panel="Deploy")
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.", **_completed(_model_names))],
+    checkpoint: Annotated[str, typer.Argument(
+        help="Folder of a training run, a .safetensors file beside its recipe.yaml, a model folder or a bundled model.", **_completed(_model_names))],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
-    data: Annotated[Path | None, typer.Option(help="A csv or class folders: PublicTest, or val, calibrates the probabilities, and the test splits are scored; --int8 needs training faces too.")] = None,
+    data: Annotated[Path | None, typer.Option(
+        help="A csv or class folders: PublicTest, or val, calibrates the probabilities, and the test splits are scored; "
+             "--int8 needs training faces too.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights and activations of eight bits: smaller, and faster on most processors.")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="Weights as they were trained. Default: float16, half the size.")] = False,
-    others: Annotated[list[str] | None, typer.Option("--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.", **_completed(_model_names))] = None,
+    others: Annotated[list[str] | None, typer.Option(
+        "--with", help="Another finished model, bundled or a folder: the mean of all becomes one model. Repeatable.", **_completed(_model_names))] = None,
     licence: Annotated[str | None, typer.Option(help="Under which terms the model may be used, for its card: Apache-2.0, say.")] = None,
 ):
     """Write a model folder of a run; or calibrate a finished model, or join several.
@@ -765,6 +806,8 @@ def export(
     about: dict[str, Any] = {} if licence is None else dict(licence=licence)
     if others: return _print_card(export_ensemble([checkpoint, *others], out, table, **about), out)
     if checkpoint in bundled_models() or Path(checkpoint, "card.json").is_file():
-        if table is None or float32: raise ValueError(f"{checkpoint} is a finished model, whose weights are what they are: --data calibrates it on other faces, and with --int8 turns it into eight bits")
+        if table is None or float32:
+            raise ValueError(f"{checkpoint} is a finished model, whose weights are what they are: "
+                             "--data calibrates it on other faces, and with --int8 turns it into eight bits")
         return _print_card((quantize_model if int8 else calibrate_model)(checkpoint, out, table, **about), out)
     _print_card((export_weights if Path(checkpoint).is_file() else export_run)(checkpoint, out, table, weights=weights, **about), out)

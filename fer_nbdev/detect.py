@@ -144,7 +144,8 @@ def _load_yunet(path):
         detector = cv2.FaceDetectorYN.create('onnx', np.frombuffer(data, np.uint8), np.empty(0, np.uint8), (64, 64))
         detector.detect(np.zeros((64, 64, 3), np.uint8))
     except cv2.error as e:
-        raise ValueError(f'{str(path)!r} is not a YuNet model that OpenCV {cv2.__version__} can run ({" ".join(e.err.split())}): fetch_yunet() gets the right file') from None
+        raise ValueError(f'{str(path)!r} is not a YuNet model that OpenCV {cv2.__version__} can run '
+                         f'({" ".join(e.err.split())}): fetch_yunet() gets the right file') from None
     return detector
 
 def _yunet(path):
@@ -277,35 +278,41 @@ def _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors):
     if min_size is not None and not 1 <= min_size < math.inf: raise ValueError(f'min_size is in pixels and at least 1, got {min_size!r}')
     if max_side is not None and not max_side >= _WINDOW: raise ValueError(f'max_side must be at least {_WINDOW} pixels, got {max_side!r}')
     if not 0 <= min_score <= 1: raise ValueError(f'min_score is between 0 and 1, got {min_score!r}')
-    if not 1 < scale_factor <= 10: raise ValueError(f'scale_factor must be above 1 and at most 10 (1.15: each scale is 15% larger than the last), got {scale_factor!r}')
-    if not (0 <= min_neighbors <= 1000 and min_neighbors == int(min_neighbors)): raise ValueError(f'min_neighbors must be a whole number from 0 to 1000, got {min_neighbors!r}')
+    if not 1 < scale_factor <= 10:
+        raise ValueError(f'scale_factor must be above 1 and at most 10 (1.15: each scale is 15% larger than the last), got {scale_factor!r}')
+    if not (0 <= min_neighbors <= 1000 and min_neighbors == int(min_neighbors)):
+        raise ValueError(f'min_neighbors must be a whole number from 0 to 1000, got {min_neighbors!r}')
 
 def detect_faces(
     image, # anything `read_image` takes: a path, bytes, a PIL image, a uint8 array
-    detector: str | os.PathLike | Callable = "auto", # "haar", "yunet", "none" (the whole image is one face), "auto" (YuNet where `find_yunet` finds its model, else haar), a YuNet model (.onnx), or a function: RGB array -> boxes (x0, y0, x1, y1), or (boxes, eyes)
+    detector: str | os.PathLike | Callable = "auto", # "auto" (yunet where `find_yunet` finds it, else haar), "haar", "yunet", "none", a path or a function
     *,
     min_size: int | None = None, # the smallest face to look for, in pixels of the image; default: 20 pixels of what is searched, see `max_side`
-    max_side: int | None = None, # the longer side at which to search the image, unless `min_size` needs more; default: 480 pixels, and up to 800, a quarter of it, for a large image
+    max_side: int | None = None, # the longer side to search at, unless `min_size` needs more; default: 480 pixels; for a large image a quarter of it, up to 800
     min_score: float = .5, # yunet: how sure it must be, 0 to 1
     scale_factor: float = 1.15, # haar: how much larger each scale is than the last; nearer to 1 finds more, slower
     min_neighbors: int = 3, # haar: how many overlapping hits confirm a face; higher gives fewer false alarms and fewer faces
-    return_eyes: bool = False, # also return the eyes, for `crop_faces`; YuNet and functions only
-) -> list[Box]: # boxes in pixels of the image, largest first, not overlapping; [] where there is no face. With `return_eyes` a tuple of them and float [n, 2, 2]: x, y of each person's right and left eye
+    return_eyes: bool = False, # also return the eyes, float [n, 2, 2]: x, y of each person's right and left, for `crop_faces`; YuNet and functions only
+) -> list[Box]: # boxes in pixels of the image, largest first, not overlapping; [] where there is no face; with `return_eyes` (boxes, eyes)
     """Find the faces in an image. The boxes of Haar and YuNet are framed as FER2013's faces are, so that `crop_faces` needs no margin.
 
-    Raises `ValueError` for an unknown detector, a file that is no YuNet model, settings out of range, one that finds no eyes where they are asked for, and for a function that returns
-    something other than boxes; `FileNotFoundError` where YuNet's model is not there. Boxes of a function are cut off at the edges of the image, and left out where nothing remains."""
+    "none" takes the whole image for one face. A path leads to a YuNet model (.onnx). A function turns an RGB array into boxes (x0, y0, x1, y1),
+    or into (boxes, eyes); its boxes are cut off at the edges of the image, and left out where nothing remains.
+    Raises `ValueError` for an unknown detector, a file that is no YuNet model, settings out of range, one that finds no eyes where they are asked for,
+    and for a function that returns something other than boxes; `FileNotFoundError` where YuNet's model is not there."""
     image = read_image(image)
     _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors)
     if callable(detector):
         (found, eyes), factor = _ask(detector, image), None
-        if return_eyes and eyes is None and len(found): raise ValueError('this function finds no eyes: it has to return (boxes, eyes [n, 2, 2]), NaN where they are not known; or do without alignment')
+        if return_eyes and eyes is None and len(found):
+            raise ValueError('this function finds no eyes: it has to return (boxes, eyes [n, 2, 2]), NaN where they are not known; or do without alignment')
     else:
         name, model = _choose(detector)
         if return_eyes and name != 'yunet':
             raise ValueError(f'the detector {name!r} does not find eyes: take "yunet", whose model fetch_yunet() downloads, or do without alignment')
         find, factor = _DETECTORS[name]
-        found, eyes = find(image, model=model, min_size=min_size, max_side=max_side, min_score=min_score, scale_factor=scale_factor, min_neighbors=min_neighbors)
+        found, eyes = find(image, model=model, min_size=min_size, max_side=max_side, min_score=min_score,
+                           scale_factor=scale_factor, min_neighbors=min_neighbors)
     boxes, eyes = _tidy(found, eyes, image, factor, min_size)
     return (boxes, eyes) if return_eyes else boxes # type: ignore[return-value]
 
@@ -346,7 +353,7 @@ def crop_faces(
     boxes, # boxes inside the image, as `check_boxes` takes them
     size: int = 48, # side of the crops in pixels
     margin: float = 0., # how much to add on each side, as a part of the box's longer side; negative cuts tighter
-    eyes=None, # x, y of each person's right and left eye, [n, 2, 2], as `detect_faces` returns them: turn the faces until these lie level; rows with NaN stay upright
+    eyes=None, # [n, 2, 2], x, y of each person's right and left eye, as of `detect_faces`: turn the faces until these lie level; rows with NaN stay upright
 ) -> np.ndarray: # grayscale faces, uint8 [n, size, size], in the order of the boxes
     "Cut faces out as gray squares that stay inside the image; raises a `ValueError` for boxes that do not fit it, and for eyes of another shape"
     image = read_image(image)
@@ -354,7 +361,8 @@ def crop_faces(
     if not -.5 < margin < 10: raise ValueError(f'margin is a part of the box, between -0.5 and 10, got {margin!r}')
     boxes = check_boxes(boxes, image)
     if eyes is None: eyes = np.full((len(boxes), 2, 2), np.nan)
-    if np.shape(eyes) != (len(boxes), 2, 2): raise ValueError(f'eyes of {len(boxes)} boxes must have the shape [{len(boxes)}, 2, 2], got {list(np.shape(eyes))}')
+    if np.shape(eyes) != (len(boxes), 2, 2):
+        raise ValueError(f'eyes of {len(boxes)} boxes must have the shape [{len(boxes)}, 2, 2], got {list(np.shape(eyes))}')
     faces = np.empty((len(boxes), size, size), np.uint8)
     for face, box, (right, left) in zip(faces, boxes, np.asarray(eyes, float)):
         angle = math.atan2(*(left - right)[::-1])

@@ -46,12 +46,14 @@ def average_graphs(
     for op, inputs in dict(Mean=said, Max=["mean", "least"], Log=["max"]).items(): nodes.append(helper.make_node(op, inputs, [op.lower()], op.lower()))
     nodes.append(helper.make_node("Softmax", ["log"], [probs.name], "softmax", axis=1))
     versions = {o.domain: o for p in protos for o in p.opset_import}
-    joint = helper.make_model(helper.make_graph(nodes, "ensemble", [faces], [probs], weights), opset_imports=list(versions.values()), ir_version=max(p.ir_version for p in protos))
+    whole = helper.make_graph(nodes, "ensemble", [faces], [probs], weights)
+    joint = helper.make_model(whole, opset_imports=list(versions.values()), ir_version=max(p.ir_version for p in protos))
     onnx.checker.check_model(joint)
     return joint.SerializeToString()
 
 # %% ../nbs/08a_ensemble.ipynb #78f8ae5b
-_OF_MEMBERS = ("name", "arch", "n_params", "weights", "recipe", "seed", "data", "teachers", "commit", "hardware", "train_minutes", "best_epoch", "date", "scores")
+_OF_MEMBERS = ("name", "arch", "n_params", "weights", "recipe", "seed", "data", "teachers",
+               "commit", "hardware", "train_minutes", "best_epoch", "date", "scores")
 
 def _describe_member(card):
     "What the card of an ensemble tells of a member."
@@ -75,11 +77,14 @@ def export_ensemble(
     cards, graphs = [card for card, _ in members], [graph for _, graph in members]
     graph, first = average_graphs(graphs), cards[0]
     for c in cards:
-        if c["classes"] != first["classes"]: raise ValueError(f"members do not match: {c['name']} knows {', '.join(c['classes'])}; {first['name']} {', '.join(first['classes'])}")
+        if c["classes"] != first["classes"]:
+            raise ValueError(f"members do not match: {c['name']} knows {', '.join(c['classes'])}; "
+                             f"{first['name']} {', '.join(first['classes'])}")
     usage, faces, _ = parity_faces(table, first["img_size"])
     parity = check_report(parity_report(open_graph(graph)(faces), np.mean([open_graph(g)(faces) for g in graphs], axis=0)))
-    card = dict(format=1, name=out.name, arch="ensemble", classes=first["classes"], img_size=first["img_size"], n_params=sum(c.get("n_params", 0) for c in cards),
-                selected_on=_selected_on(dict(members=cards)), **{k: _common(cards, k) for k in ("licence", "weights")}, members=[_describe_member(c) for c in cards],
+    card = dict(format=1, name=out.name, arch="ensemble", classes=first["classes"], img_size=first["img_size"],
+                n_params=sum(c.get("n_params", 0) for c in cards), selected_on=_selected_on(dict(members=cards)),
+                **{k: _common(cards, k) for k in ("licence", "weights")}, members=[_describe_member(c) for c in cards],
                 calibration=None, parity=dict(against="the members", faces=usage) | parity) | about
     if table is None: return write_model(out, graph, card)
     with TemporaryDirectory() as bare:

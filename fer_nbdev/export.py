@@ -57,7 +57,8 @@ def _try_out(model, img_size, channels):
     for n_in in channels:
         try:
             with torch.no_grad(): out, alone = model(noise.expand(-1, n_in, -1, -1)), model(noise[:1].expand(-1, n_in, -1, -1))
-        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e: said.append(f"[n, {n_in}, {img_size}, {img_size}]: {str(e).partition(chr(10))[0]}")
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as e:
+            said.append(f"[n, {n_in}, {img_size}, {img_size}]: {str(e).partition(chr(10))[0]}")
         else:
             _check_logits(out, alone, name)
             return n_in, out.shape[1]
@@ -180,7 +181,8 @@ def _tail(graph):
         node = made_by.get(todo.pop())
         if node is None: continue
         names.append(node.name)
-        if node.op_type not in ("Gemm", "MatMul", "Conv"): todo += node.input if node.op_type == "Mean" else node.input[:1]  # the mean of several networks has several ends
+        if node.op_type not in ("Gemm", "MatMul", "Conv"):
+            todo += node.input if node.op_type == "Mean" else node.input[:1]  # the mean of several networks has several ends
     return names
 
 # %% ../nbs/08_export.ipynb #a507cb20
@@ -212,7 +214,8 @@ def _take_bytes(proto):
     nodes, name, (black, white) = _normalisation(graph)
     scale, users = (white - black)/255, _users(graph, name)
     if [n.op_type for n in users] != ["QuantizeLinear"] or scale <= 0 or not 0 <= round(-black/scale) <= 255: return proto
-    graph.initializer.extend([numpy_helper.from_array(np.array(scale, np.float32), "face_scale"), numpy_helper.from_array(np.array(round(-black/scale), np.uint8), "face_zero")])
+    graph.initializer.extend([numpy_helper.from_array(np.array(scale, np.float32), "face_scale"),
+                              numpy_helper.from_array(np.array(round(-black/scale), np.uint8), "face_zero")])
     name = "faces"
     for n in nodes:
         if n.op_type in _MOVES: n.input[0], name = name, n.output[0]
@@ -251,8 +254,9 @@ def quantize_graph(
         with _silence():
             quant_pre_process(before, before, skip_symbolic_shape=True)
             plain = onnx.load(before).graph
-            quantize_static(before, after, _Batches(faces), per_channel=True, reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                            calibrate_method=CalibrationMethod[methods[method]], nodes_to_exclude=_tail(plain) + [n.name for n in _normalisation(plain)[0]],
+            quantize_static(before, after, _Batches(faces), per_channel=True, reduce_range=reduce_range,
+                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod[methods[method]],
+                            nodes_to_exclude=_tail(plain) + [n.name for n in _normalisation(plain)[0]],
                             extra_options=dict(CalibPercentile=99.999))
         proto = _strip(_take_bytes(onnx.load(after)))
     onnx.checker.check_model(proto)
@@ -270,7 +274,8 @@ def parity_report(
 ) -> dict:
     "n, `max_difference` and `mean_difference` of the probabilities, the share of `equal_answers`, and with labels the accuracy and the `accuracy_lost`."
     difference, answer, before = np.abs(np.float64(probs) - reference), probs.argmax(1), reference.argmax(1)
-    report = dict(n=len(probs), max_difference=float(difference.max()), mean_difference=float(difference.mean()), equal_answers=float((answer == before).mean()))
+    report = dict(n=len(probs), max_difference=float(difference.max()), mean_difference=float(difference.mean()),
+                  equal_answers=float((answer == before).mean()))
     if emotion is None: return report
     return report | dict(accuracy=float((answer == emotion).mean()), accuracy_lost=float((before == emotion).mean() - (answer == emotion).mean()))
 
@@ -312,7 +317,9 @@ def open_graph(
 def _in_batches(predict_faces, faces):
     "Batches of 1, 7 and the rest. Raises ValueError where the graph takes only those of another size."
     try: return np.concatenate([predict_faces(f) for f in np.split(faces, [1, 8]) if len(f)])
-    except onnxruntime_errors() as e: raise ValueError(f"the exported graph does not take every number of faces, so the network must treat the size of a batch as fixed: {e}") from e
+    except onnxruntime_errors() as e:
+        raise ValueError("the exported graph does not take every number of faces, "
+                         f"so the network must treat the size of a batch as fixed: {e}") from e
 
 def check_parity(
     graph: bytes,  # of `create_onnx`, `halve_weights` or `quantize_graph`
@@ -338,7 +345,7 @@ def parity_faces(
     table: FER2013 | None,  # the faces there are
     img_size: int,  # side of the faces that the graph takes, in pixels
 ) -> tuple:
-    "(name, faces, labels) to compare graphs on: PublicTest, else 512 Training rows, else drawn faces, whose labels say nothing to a network that never saw any."
+    "(name, faces, labels) to compare graphs on: PublicTest, else 512 Training rows, else drawn faces, without labels since no network ever saw any."
     for usage, n in (("PublicTest", None), ("Training", 512)):
         if table is not None and len(part := _part(table, usage, img_size, n)): return usage, part.pixels, part.emotion
     return "drawn faces", _resized(synthetic_faces(64).pixels, img_size), None
@@ -346,7 +353,9 @@ def parity_faces(
 def _range_faces(table, img_size, n=512):
     "Training faces that show the ranges of values to int8. Raises ValueError where there are none."
     part = None if table is None else _part(table, "Training", img_size, n)
-    if not part: raise ValueError(f"int8 is calibrated on training faces, and {'no table was given' if table is None else 'this table has no Training rows'}: pass a table with some, or choose weights='float16'")
+    if not part:
+        lacking = "no table was given" if table is None else "this table has no Training rows"
+        raise ValueError(f"int8 is calibrated on training faces, and {lacking}: pass a table with some, or choose weights='float16'")
     return part.pixels
 
 def _describe(calibration, usage):
@@ -356,7 +365,8 @@ def _describe(calibration, usage):
 def _score_splits(predict_faces, table, img_size, known):
     "Scores of the test splits; the probabilities of some are `known`."
     parts = {usage: _part(table, usage, img_size) for usage in ("PublicTest", "PrivateTest")}
-    return {usage: score(known[usage] if usage in known else predict_faces(part.pixels), part.emotion, table.classes) for usage, part in parts.items() if len(part)}
+    return {usage: score(known[usage] if usage in known else predict_faces(part.pixels), part.emotion, table.classes)
+            for usage, part in parts.items() if len(part)}
 
 # %% ../nbs/08_export.ipynb #e137b06e
 def export_model(
@@ -379,7 +389,8 @@ def export_model(
     out, whole = Path(expand_home(out)), ExportedModel(model, img_size, stats)
     _check_weights(weights, limits)
     classes = tuple(classes or (EMOTIONS if table is None else table.classes))
-    if whole.n_classes != len(classes): raise ValueError(f"the network has {whole.n_classes} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
+    if whole.n_classes != len(classes):
+        raise ValueError(f"the network has {whole.n_classes} outputs, but {len(classes)} classes were given: {', '.join(classes)}")
     if table is not None: table = select_classes(table, classes)
     usage, faces, emotion = parity_faces(table, img_size)
     ranges = _range_faces(table, img_size) if weights == "int8" else np.empty((0, img_size, img_size), np.uint8)
@@ -391,8 +402,8 @@ def export_model(
     predict_faces, reference = open_graph(graph), whole.predict_faces(faces)
     probs = _in_batches(predict_faces, faces)
     parity = check_report(parity_report(probs, calibration.apply(reference) if calibration else reference, emotion), weights, limits)
-    card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, calibration=_describe(calibration, fitted_on), n_params=count_parameters(model),
-                stats=stats, weights=weights, parity=dict(against="PyTorch", faces=usage) | parity) | about
+    card = dict(format=1, name=out.name, classes=list(classes), img_size=img_size, calibration=_describe(calibration, fitted_on),
+                n_params=count_parameters(model), stats=stats, weights=weights, parity=dict(against="PyTorch", faces=usage) | parity) | about
     if table is not None: card["scores"] = _score_splits(predict_faces, table, img_size, {usage: probs})
     return write_model(out, graph, card)
 
@@ -473,7 +484,7 @@ def _network_of(file, recipe, classes):
     state, _ = load_weights(file)
     model = create_model(recipe.arch, len(classes), recipe.n_in, recipe.img_size, **recipe.arch_args)
     shapes, found = ({k: tuple(v.shape) for k, v in s.items()} for s in (model.state_dict(), state))
-    wrong = [f"{k} {found.get(k, '-')} instead of {shapes.get(k, '-')}" for k in (*shapes, *(k for k in found if k not in shapes)) if found.get(k) != shapes.get(k)]
+    wrong = [f"{k} {found.get(k, '-')} instead of {shapes.get(k, '-')}" for k in shapes | found if found.get(k) != shapes.get(k)]
     if wrong: raise ValueError(f"{file.name} does not fit {recipe.arch} of the recipe {recipe.name} with {len(classes)} classes: {'; '.join(wrong[:3])}"
                                + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     model.load_state_dict(state)
@@ -494,7 +505,8 @@ def export_weights(
     where tensors do not fit the network, and as `export_model` does."""
     file = Path(expand_home(file))
     beside = file.parent/"recipe.yaml"
-    if recipe is None and not beside.is_file(): raise ValueError(f"which network has the weights in {file.name}? Pass recipe=, or lay its recipe.yaml beside it")
+    if recipe is None and not beside.is_file():
+        raise ValueError(f"which network has the weights in {file.name}? Pass recipe=, or lay its recipe.yaml beside it")
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe or beside)
     classes = tuple(classes or recipe.classes or getattr(table, "classes", EMOTIONS))
     return export_model(_network_of(file, recipe, classes), out, None if table is None else prepare_table(recipe, table), classes=classes,
@@ -506,16 +518,19 @@ def _learner_stats(learn):
     "Mean and standard deviation of a learner's `Normalize`."
     found = [t for t in learn.dls.valid.after_batch.fs if isinstance(t, Normalize)]
     if len(found) == 1: return tuple(s.flatten().tolist() if s.numel() > 1 else s.item() for s in (found[0].mean, found[0].std))
-    raise ValueError(f"the learner's loaders have {len(found)} Normalize, so how its faces were normalised is not known: pass stats=(mean, std), or (0, 1) for pixels in 0..1 as they are")
+    raise ValueError(f"the learner's loaders have {len(found)} Normalize, so how its faces were normalised is not known: "
+                     "pass stats=(mean, std), or (0, 1) for pixels in 0..1 as they are")
 
 def _check_images(images, stats):
     "Raise ValueError unless a batch is of square images and, with the normalisation undone, of gray levels from 0 to 255."
     images = images.detach().cpu().as_subclass(torch.Tensor)
-    if images.ndim != 4 or images.shape[2] != images.shape[3]: raise ValueError(f"the learner's batches are {list(images.shape)}: expected square images, [n, channels, size, size]")
+    if images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"the learner's batches are {list(images.shape)}: expected square images, [n, channels, size, size]")
     mean, std = _channel_stats(stats)
     levels = (images*std + mean)*255
     if (levels - levels.round()).abs().max() > .05 or not -.5 < levels.min() <= levels.max() < 255.5:
-        raise ValueError(f"a batch of the learner holds no gray levels from 0 to 255 once stats={stats} are undone: these are not its stats, or its loaders do to the images what the exported graph would not")
+        raise ValueError(f"a batch of the learner holds no gray levels from 0 to 255 once stats={stats} are undone: "
+                         "these are not its stats, or its loaders do to the images what the exported graph would not")
 
 def export_learner(
     learn,  # fastai `Learner` whose loaders classify images
@@ -527,9 +542,11 @@ def export_learner(
     limits: dict | None = None,  # in place of those of `LIMITS`
     **about,  # further entries of the card
 ) -> dict:
-    "Export the network of a learner as a model folder and return its card. Raises `ValueError` where its loaders have no classes, no square images or no known stats, where they do more than resize and normalise, and as `export_model` does."
+    """Export the network of a learner as a model folder and return its card. Raises `ValueError` where its loaders have no classes,
+    no square images or no known stats, where they do more than resize and normalise, and as `export_model` does."""
     vocab = getattr(learn.dls, "vocab", None)
     if vocab is None or not all(isinstance(c, str) for c in vocab): raise ValueError(f"the learner's vocabulary is {vocab!r}: expected the names of classes")
     images, stats = learn.dls.valid.one_batch()[0], stats or _learner_stats(learn)
     _check_images(images, stats)
-    return export_model(learn.model, out, table, classes=tuple(vocab), img_size=images.shape[3], stats=stats, weights=weights, limits=limits, **dict(arch=type(learn.model).__name__) | about)
+    return export_model(learn.model, out, table, classes=tuple(vocab), img_size=images.shape[3], stats=stats,
+                        weights=weights, limits=limits, **dict(arch=type(learn.model).__name__) | about)

@@ -44,7 +44,8 @@ class _FaceFinder(FaceClassifier):
     ):
         super().__init__(model, threads=threads, providers=providers, tta=tta)
         nothing = np.zeros((1, 1), np.uint8)
-        if not callable(detector) and (align or detector not in ('auto', 'haar', 'none')): detect_faces(nothing, detector, max_side=20, return_eyes=align) # raises
+        if not callable(detector) and (align or detector not in ('auto', 'haar', 'none')):
+            detect_faces(nothing, detector, max_side=20, return_eyes=align) # raises
         self.detector, self.align = detector, align
         self._crop: dict = {} if margin is None else {'margin': margin}
         crop_faces(nothing, [], **self._crop) # raises
@@ -227,7 +228,8 @@ def plot_predictions(
     shown = preds[:bars]
     ax.apply_aspect()
     inches = ax.get_window_extent().height / ax.figure.dpi
-    each = max(1 / max(len(shown), 1), (.35 + .14 * max((len(p.probs) for p in shown), default=0)) / inches) # below a low picture, rather than too small to read
+    # below a low picture, rather than too small to read
+    each = max(1 / max(len(shown), 1), (.35 + .14 * max((len(p.probs) for p in shown), default=0)) / inches)
     for i, (p, label) in enumerate(zip(shown, labels)):
         side = ax.inset_axes([1.22, 1 - (i + 1) * each + .02 / inches, .5, each - .3 / inches])
         (best, _), = p.top_k(1)

@@ -45,7 +45,8 @@ def _table(preds, name):
 # %% ../nbs/12a_page.ipynb #ae6fb06f
 def _bars(pred, number):
     "The probabilities of a face"
-    rows = ''.join(f'<tr><th scope="row">{escape(name)}</th><td><div class="fer-bar{" fer-best" if name == pred.emotion else ""}" style="width:{100 * p:.1f}%"></div></td><td>{p:.0%}</td></tr>'
+    rows = ''.join(f'<tr><th scope="row">{escape(name)}</th><td><div class="fer-bar{" fer-best" if name == pred.emotion else ""}" '
+                   f'style="width:{100 * p:.1f}%"></div></td><td>{p:.0%}</td></tr>'
                    for name, p in pred.probs.items())
     return f'<table class="fer-face"><caption>{number}{escape(pred.emotion)} {pred.confidence:.0%}</caption>{rows}</table>'
 
@@ -63,13 +64,17 @@ def draw_answer(
     numbered = [replace(p, track_id=p.track_id or i + 1) for i, p in enumerate(preds)] if len(preds) > 1 else preds
     picture, stem = _data_url('image/jpeg', _jpeg(annotate_frame(image, numbered, bars=0))), escape(Path(name).stem, quote=True)
     count = 'No face found.' if not preds else '1 face' if len(preds) == 1 else f'{len(preds)} faces'
-    saving = f'<p class="fer-links"><a download="{stem}-faces.jpg" href="{picture}">Save picture</a> <a download="{stem}-faces.csv" href="{_data_url("text/csv", _table(preds, name))}">Save table (csv)</a></p>'
-    return (f'<style>{_CSS}</style><div class="fer-answer"><img src="{picture}" alt="the picture with its faces marked"><p role="status">{count}{f", and {left_out} more that are not answered" if left_out else ""}</p>'
+    saving = (f'<p class="fer-links"><a download="{stem}-faces.jpg" href="{picture}">Save picture</a> '
+              f'<a download="{stem}-faces.csv" href="{_data_url("text/csv", _table(preds, name))}">Save table (csv)</a></p>')
+    return (f'<style>{_CSS}</style><div class="fer-answer"><img src="{picture}" alt="the picture with its faces marked">'
+            f'<p role="status">{count}{f", and {left_out} more that are not answered" if left_out else ""}</p>'
             f'<div class="fer-faces">{"".join(_bars(p, f"{p.track_id}: " if p.track_id else "") for p in numbered)}</div>{saving if links else ""}</div>')
 
 _CSS = """.fer-answer img{max-width:100%;max-height:70vh;display:block;margin:auto;border-radius:4px}.fer-faces{display:flex;flex-wrap:wrap;gap:16px}
-.fer-face{flex:1 1 220px;max-width:420px;border-collapse:collapse;border:0!important;margin:0;display:table}.fer-face caption{text-align:left;font-weight:600;padding:4px 0}
-.fer-face tr,.fer-face th,.fer-face td{border:0!important;padding:1px 4px!important;background:none!important;text-align:left;font-weight:400;white-space:nowrap}.fer-face td:nth-child(2){width:70%}
+.fer-face{flex:1 1 220px;max-width:420px;border-collapse:collapse;border:0!important;margin:0;display:table}\
+.fer-face caption{text-align:left;font-weight:600;padding:4px 0}
+.fer-face tr,.fer-face th,.fer-face td{border:0!important;padding:1px 4px!important;background:none!important;\
+text-align:left;font-weight:400;white-space:nowrap}.fer-face td:nth-child(2){width:70%}
 .fer-bar{height:.8em;min-width:1px;background:#8795a8;border-radius:2px}.fer-best{background:#ffb000}.fer-links a{margin-right:16px;text-decoration:underline}
 .fer-message{padding:12px;border-left:4px solid #ffb000}"""
 
@@ -190,23 +195,26 @@ def _make_page(gr, service, title, examples, uploads):
                 tries = gr.Dataset(components=[gr.Image(render=False)], samples=[[str(e)] for e in examples], type='index', label='Examples')
             with gr.Column(): answer = gr.HTML(elem_id='answer')
         with gr.Tab('Webcam'), gr.Row():
-            with gr.Column(): camera = gr.Image(sources=['webcam'], streaming=True, type='filepath', image_mode=None, label='Webcam', elem_id='camera', buttons=[])
+            with gr.Column():
+                camera = gr.Image(sources=['webcam'], streaming=True, type='filepath', image_mode=None, label='Webcam', elem_id='camera', buttons=[])
             with gr.Column(): shown, live = gr.HTML(elem_id='live'), gr.State(None, time_to_live=300)
         photo.preprocess, camera.preprocess = _raw(uploads), _raw(uploads, once=True)
         async def on_photo(*given): return await _answer_photo(service, *given)
         async def on_frame(*given): return await _answer_frame(service, *given)
         tries.click(lambda i: str(examples[i]), tries, photo, show_progress='hidden', api_visibility='private')
-        gr.on([photo.change, model.change, detector.change, tta.change], on_photo, [photo, model, detector, tta], answer, show_progress='minimal', api_visibility='private',
-              concurrency_limit=service.limits.queue, trigger_mode='always_last')
-        camera.stream(on_frame, [camera, live, model, detector], [shown, live], stream_every=.3, time_limit=600, concurrency_limit=service.limits.streams, show_progress='hidden', api_visibility='private')
+        gr.on([photo.change, model.change, detector.change, tta.change], on_photo, [photo, model, detector, tta], answer,
+              show_progress='minimal', api_visibility='private', concurrency_limit=service.limits.queue, trigger_mode='always_last')
+        camera.stream(on_frame, [camera, live, model, detector], [shown, live], stream_every=.3, time_limit=600,
+                      concurrency_limit=service.limits.streams, show_progress='hidden', api_visibility='private')
     uploads.kept.update(file for file in uploads.folder.rglob('*') if file.is_file()) # copies of the examples
     photo.keep_in_cache.update(map(str, uploads.kept)) # or Gradio would delete them a minute after somebody tried one
     for block in page.blocks.values(): block.async_move_resource_to_block_cache = _checked(gr, block.async_move_resource_to_block_cache, uploads)
     return page.queue(max_size=service.limits.queue)
 
 # %% ../nbs/12a_page.ipynb #192764ce
-_POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
-           "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; frame-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'")
+_POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+           "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+           "worker-src 'self' blob:; frame-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'")
 
 _FILE = re.compile('/(?:file[=/]|proxy=)(.*)', re.S) # Gradio's routes to files, which take addresses in the network too
 
@@ -217,7 +225,8 @@ class _Sealed:
     async def __call__(self, scope, receive, send):
         async def with_policy(message):
             if message['type'] == 'http.response.start':
-                message['headers'] = [*message.get('headers', ()), (b'content-security-policy', _POLICY.encode()), (b'x-content-type-options', b'nosniff'), (b'referrer-policy', b'no-referrer')]
+                message['headers'] = [*message.get('headers', ()), (b'content-security-policy', _POLICY.encode()),
+                                      (b'x-content-type-options', b'nosniff'), (b'referrer-policy', b'no-referrer')]
             await send(message)
         asked = scope['type'] == 'http' and _FILE.search(scope['path'])
         if asked and not self.uploads.find(asked[1]): return await JSONResponse({'detail': 'there is no such upload'}, 404)(scope, receive, with_policy)
@@ -248,9 +257,12 @@ def mount_page(
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False', GRADIO_TEMP_DIR=str(uploads.folder))
     gr, service, tokens, app.state.uploads = require('gradio', 'serve'), app.state.service, app.state.tokens, uploads.folder
     page = _make_page(gr, service, title, examples, uploads)
-    gr.mount_gradio_app(app, page, '/', theme=_theme(gr), max_file_size=service.limits.body_bytes, footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False,
-                        auth=(lambda name, password: _knows(tokens, password)) if tokens else None, auth_message='Any name, and a token of this server as the password.' if tokens else None)
-    app.router.default = _Sealed(app.router.routes.pop().app, service, uploads) # type: ignore[attr-defined] # after all routes of the API, so that a wrong method there stays a 405
+    gr.mount_gradio_app(app, page, '/', theme=_theme(gr), max_file_size=service.limits.body_bytes, footer_links=[],
+                        run_history=False, show_error=False, ssr_mode=False, mcp_server=False,
+                        auth=(lambda name, password: _knows(tokens, password)) if tokens else None,
+                        auth_message='Any name, and a token of this server as the password.' if tokens else None)
+    # after all routes of the API, so that a wrong method there stays a 405
+    app.router.default = _Sealed(app.router.routes.pop().app, service, uploads) # type: ignore[attr-defined]
     inner = app.router.lifespan_context
     @asynccontextmanager
     async def life(app):

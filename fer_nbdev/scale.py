@@ -74,7 +74,8 @@ def _find_files(places, source):
     fs, path = places(source)
     has_magic, kind = glob.has_magic(path) and not fs.exists(path), _kind(source)
     if kind in IMAGE_SUFFIXES and not has_magic: yield places.name(source, _utf8(path)), None; return # looked for when it is read
-    if has_magic: wanted, found = {*IMAGE_SUFFIXES, *_TABLES}, ((p, e['size']) for p, e in sorted(fs.glob(path, detail=True).items()) if e['type'] != 'directory')
+    if has_magic:
+        wanted, found = {*IMAGE_SUFFIXES, *_TABLES}, ((p, e['size']) for p, e in sorted(fs.glob(path, detail=True).items()) if e['type'] != 'directory')
     elif fs.isdir(path): wanted, found = {kind} if kind in _TABLES else set(IMAGE_SUFFIXES), _walk(fs, path)
     elif not fs.exists(path): raise FileNotFoundError(f'there is nothing at {source!r}')
     else: wanted, found = set(_TABLES), ((p, fs.size(p)) for p in [path])
@@ -83,7 +84,9 @@ def _find_files(places, source):
         if Path(p).suffix.lower() not in wanted: continue
         none = False
         yield places.name(source, _utf8(p)), size
-    if none: raise ValueError(f'no images in {source!r}: expected files ending in {" ".join(sorted(wanted))}; tables in a folder are named by a pattern, such as folder/*.parquet')
+    if none:
+        raise ValueError(f'no images in {source!r}: expected files ending in {" ".join(sorted(wanted))}; '
+                         'tables in a folder are named by a pattern, such as folder/*.parquet')
 
 # %% ../nbs/13_scale.ipynb #66591138
 _IMAGE_COLUMNS = 'image', 'path', 'file', 'file_name', 'filename', 'pixels'
@@ -92,7 +95,9 @@ def _image_column(names, wanted, table):
     "The column that holds the images"
     found = [c for c in ((wanted,) if wanted else _IMAGE_COLUMNS) if c in names]
     if found: return found[0]
-    raise ValueError(f'{table!r} has no column {wanted!r}' if wanted else f'{table!r} has none of the columns {", ".join(_IMAGE_COLUMNS)}: name the one with the images as column=') from ValueError(f'it has {", ".join(names)}')
+    wrong = (f'{table!r} has no column {wanted!r}' if wanted
+             else f'{table!r} has none of the columns {", ".join(_IMAGE_COLUMNS)}: name the one with the images as column=')
+    raise ValueError(wrong) from ValueError(f'it has {", ".join(names)}')
 
 def _pixels(values):
     "Numbers 0 to 255 -> a square uint8 array"
@@ -113,7 +118,8 @@ def _beside(table, path):
 def _cell(value, table):
     "A value of the image column -> bytes, a path, an array, or the error that says why it is none of them"
     if isinstance(value, dict): value = value.get('bytes') or value.get('path') # as Hugging Face stores images
-    if value is not None and not isinstance(value, (bytes, str, list)): return ValueError(f'this row has {value!r:.40} for an image: expected bytes, a path or a list of pixels; column= names another column')
+    if value is not None and not isinstance(value, (bytes, str, list)):
+        return ValueError(f'this row has {value!r:.40} for an image: expected bytes, a path or a list of pixels; column= names another column')
     if not value: return ValueError('this row has no image')
     if isinstance(value, bytes): return value
     if isinstance(value, str) and not re.fullmatch(r'\s*\d+(\s+\d+)+\s*', value): return _beside(table, value.strip())
@@ -172,7 +178,7 @@ def _csv_entries(file, entry, part_size):
         yield entry._replace(row=i * part_size, rows=len(some), start=some[0][0], stop=some[-1][1])
 
 def _parquet_entries(file, entry, part_size, most=8):
-    "The ranges of a parquet file: a group of rows is cut into `most` ranges at most, however large they are, since who wants the last has to read over the others"
+    "The ranges of a parquet file: a group of rows is cut into `most` ranges at most, however large, since who wants the last has to read over the others"
     first = 0
     for n in (file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)):
         step = -(-n // min(most, -(-n // part_size))) if n else 1
@@ -309,7 +315,8 @@ class _Output:
     def tidy(self, parts):
         "After a run: every part must be there, and what killed workers left behind goes"
         lost = set(range(parts)) - self.done()
-        if lost: raise RuntimeError(f'{len(lost)} parts are not in {self.out!r} after the run, the first is {min(lost)}: was something removed, or do the workers write to another disk?')
+        if lost: raise RuntimeError(f'{len(lost)} parts are not in {self.out!r} after the run, the first is {min(lost)}: '
+                                    'was something removed, or do the workers write to another disk?')
         for name in self.names():
             fs, path = self(name)
             if name.startswith('.') and '.tmp' in name or name == '_begun': fs.rm(path, recursive=True)
@@ -404,7 +411,8 @@ class _PartWorker:
     def _open(self, settings, fingerprint, out, options, column, readers, at_once):
         self.predictor = Predictor(**settings)
         self.fingerprint = _fingerprint(self.predictor)
-        if self.fingerprint != fingerprint: raise ValueError(f'its model or detector is not the one that was asked for: {self.fingerprint}, expected {fingerprint}')
+        if self.fingerprint != fingerprint:
+            raise ValueError(f'its model or detector is not the one that was asked for: {self.fingerprint}, expected {fingerprint}')
         import_cv2().setNumThreads(settings['threads'])
         self.column, self.readers, self.at_once = column, readers, at_once or max(64, 2 * self.predictor._models[0].at_once)
         self.output = _Output(out, options)
@@ -433,7 +441,8 @@ class _PartWorker:
 # %% ../nbs/13_scale.ipynb #6500f551
 def _check_same(out, old, new):
     "Raise unless the manifest in a folder is that of the same run"
-    if old.get('format') != new['format']: raise ValueError(f'{out!r} was written by another version of fer_nbdev (format {old.get("format")!r}): choose another folder')
+    if old.get('format') != new['format']:
+        raise ValueError(f'{out!r} was written by another version of fer_nbdev (format {old.get("format")!r}): choose another folder')
     was, now = ({**m['settings'], **{k: m[k] for k in ('part_size', 'column', 'images') if k in m}} for m in (old, new))
     changed = [f'{k} was {was.get(k)!r}, and is {v!r}' for k, v in now.items() if was.get(k) != v]
     if new.get('listing', old['listing']) != old['listing']: changed.append('the images are not those that were listed then')
@@ -490,7 +499,8 @@ def _ray_session(address=None, cpus=None, gpus=None):
     with _quiet(ray):
         if ray.is_initialized():
             here = ray.get_runtime_context().gcs_address
-            if address not in (None, 'auto', 'local', here): raise ValueError(f'this process is connected to the Ray at {here!r} already, so it cannot join {address!r}: call ray.shutdown() first')
+            if address not in (None, 'auto', 'local', here):
+                raise ValueError(f'this process is connected to the Ray at {here!r} already, so it cannot join {address!r}: call ray.shutdown() first')
             yield ray
             return
         address = address or os.environ.get('RAY_ADDRESS')
@@ -505,15 +515,20 @@ def _count_workers(ray, workers, n_parts, num_cpus, num_gpus):
     "How many processes to start: as many as were asked for, or have room, and no more than there are parts"
     there = ray.cluster_resources()
     room = min(int(there.get(kind, 0) / each) for kind, each in (('CPU', num_cpus), ('GPU', num_gpus)) if each)
-    if room < 1 and not workers: raise ValueError(f'there is no room for a worker: it needs {num_cpus:g} CPUs and {num_gpus:g} GPUs, and Ray has {there.get("CPU", 0):g} and {there.get("GPU", 0):g}')
+    if room < 1 and not workers:
+        raise ValueError(f'there is no room for a worker: it needs {num_cpus:g} CPUs and {num_gpus:g} GPUs, '
+                         f'and Ray has {there.get("CPU", 0):g} and {there.get("GPU", 0):g}')
     return min(workers or room, n_parts)
 
 def _do_parts(ray, parts, workers, num_cpus, num_gpus, *settings):
     "What the workers counted, part by part as they are done"
     numbers = ray.data.from_items([{'part': k} for k in parts], override_num_blocks=min(len(parts), 10_000))
-    answers = numbers.map_batches(_PartWorker, fn_constructor_args=settings, batch_size=1, compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=num_cpus, num_gpus=num_gpus)
+    answers = numbers.map_batches(_PartWorker, fn_constructor_args=settings, batch_size=1,
+                                  compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=num_cpus, num_gpus=num_gpus)
     for answer in answers.iter_rows():
-        if answer['error']: raise ValueError(f'part {answer["part"]} could not be done; {answer["error"]}. The parts that are done are kept: the same call goes on with the others')
+        if answer['error']:
+            raise ValueError(f'part {answer["part"]} could not be done; {answer["error"]}. '
+                             'The parts that are done are kept: the same call goes on with the others')
         yield answer
 
 # %% ../nbs/13_scale.ipynb #87d2b2cd
@@ -531,7 +546,8 @@ class DatasetSummary:
 
     def __str__(self):
         skipped = f'; {self.skipped:,} parts were there already' if self.skipped else ''
-        return f'{self.images:,} images: {self.faces:,} faces, {self.no_face:,} without a face, {self.failed:,} failed; {self.parts:,} parts in {self.out}{skipped}'
+        return (f'{self.images:,} images: {self.faces:,} faces, {self.no_face:,} without a face, {self.failed:,} failed; '
+                f'{self.parts:,} parts in {self.out}{skipped}')
 
 def _fixed_models(model):
     "Bundled names as they are, model folders by their absolute paths"
@@ -562,7 +578,7 @@ def _run_missing(output, missing, total, progress, ray_address, workers, num_cpu
 
 # %% ../nbs/13_scale.ipynb #7d428c08
 def predict_dataset(
-    source, # images: a folder, a pattern or a file; a table of them (.parquet, .csv); or an iterable of these. Paths, or any fsspec address: s3://bucket/photos, zip://*.png::photos.zip
+    source, # images: a folder, pattern or file; a table (.parquet, .csv); an iterable of these. Paths or fsspec addresses: s3://bucket, zip://*.png::photos.zip
     out: str | os.PathLike, # folder for the result, on a disk that all workers share, or an fsspec address
     model: str | os.PathLike | list = "accurate", # a bundled model or a model folder; several in a list are averaged
     *,
@@ -588,15 +604,17 @@ def predict_dataset(
     """Predict any number of images by Ray, into a folder of parquet files: a row a face, with the columns of `to_pandas` and `error`.
 
     An image without a face has one row, whose emotion is `NO_FACE`; one that fails has one with an `error`. Each row is there once, whatever is killed:
-    a second call does what is missing. Raises `ValueError` for settings that cannot be meant and where `out` holds another run, `FileNotFoundError` for a source that is not there."""
+    a second call does what is missing. Raises `ValueError` for settings that cannot be meant and where `out` holds another run,
+    `FileNotFoundError` for a source that is not there."""
     start, sources = perf_counter(), [source] if isinstance(source, (str, os.PathLike)) else source
     workers, readers, at_once, part_size = _whole_numbers(workers=workers, readers=readers, at_once=at_once, part_size=part_size)
     if not (num_cpus > 0 and num_gpus >= 0): raise ValueError(f'a worker needs more than 0 CPUs, got num_cpus={num_cpus!r} and num_gpus={num_gpus!r}')
-    settings = dict(model=_fixed_models(model), detector=_fixed_detector(detector), tta=tta, margin=margin, align=align, min_confidence=min_confidence, threads=count_threads(threads))
+    settings = dict(model=_fixed_models(model), detector=_fixed_detector(detector), tta=tta, margin=margin, align=align,
+                    min_confidence=min_confidence, threads=count_threads(threads))
     output, fingerprint = _Output(out, storage_options), _fingerprint(Predictor(**settings))
     manifest = _prepare(output, sources, fingerprint, part_size, column)
     kept = {k for k in output.done() if not (retry_failed and _has_failed(output, k))}
-    counts = _run_missing(output, missing := sorted(set(range(manifest['parts'])) - kept), manifest['images'], progress, ray_address, workers, num_cpus, num_gpus,
-                          dict(settings, providers=providers), fingerprint, output.out, storage_options, column, readers, at_once)
+    counts = _run_missing(output, missing := sorted(set(range(manifest['parts'])) - kept), manifest['images'], progress, ray_address, workers,
+                          num_cpus, num_gpus, dict(settings, providers=providers), fingerprint, output.out, storage_options, column, readers, at_once)
     output.tidy(manifest['parts'])
     return DatasetSummary(output.out, **counts, parts=len(missing), skipped=len(kept), seconds=perf_counter() - start)

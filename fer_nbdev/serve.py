@@ -56,7 +56,9 @@ def _request_classes(models, detectors, limits):
     class PredictForm(Options):
         "Image files, as a browser sends them"
         images: list[Annotated[bytes, Field(json_schema_extra={'format': 'binary'})]] = Field(min_length=1, max_length=limits.images, description='image files')
-        box: list[Annotated[str, Field(pattern=_BOX_PATTERN)]] = Field([], max_length=limits.faces, description='a face `x0,y0,x1,y1`, instead of detection; once for each face, for all images', examples=[['155,106,375,326']])
+        box: list[Annotated[str, Field(pattern=_BOX_PATTERN)]] = Field(
+            [], max_length=limits.faces, description='a face `x0,y0,x1,y1`, instead of detection; once for each face, for all images',
+            examples=[['155,106,375,326']])
     return PredictRequest, PredictForm
 
 _BOX_PATTERN = r'^-?[0-9]{1,9}(\.[0-9]{1,9})?(,-?[0-9]{1,9}(\.[0-9]{1,9})?){3}$'
@@ -73,9 +75,11 @@ def _read_form(body, content_type, most):
         if len(found) >= most: raise FormParserError(f'more than {most} parts')
         found.append(((part.field_name or b'').decode('utf-8', 'replace'), value, name))
     kind, options = parse_options_header(content_type)
-    if (boundary := options.get(b'boundary')) and b'--' + boundary + b'--' not in body: raise _refusal(422, 'the form is damaged: it ends before its last boundary')
+    if (boundary := options.get(b'boundary')) and b'--' + boundary + b'--' not in body:
+        raise _refusal(422, 'the form is damaged: it ends before its last boundary')
     try:
-        parser = FormParser(kind.decode('latin-1'), lambda f: add(f, None, f.value or b''), lambda f: add(f, (f.file_name or b'').decode('utf-8', 'replace'), f.file_object.getvalue()), # type: ignore[union-attr]
+        parser = FormParser(kind.decode('latin-1'), lambda f: add(f, None, f.value or b''),
+                            lambda f: add(f, (f.file_name or b'').decode('utf-8', 'replace'), f.file_object.getvalue()), # type: ignore[union-attr]
                             boundary=boundary, config={'MAX_MEMORY_FILE_SIZE': len(body) + 1, 'MAX_BODY_SIZE': len(body) + 1})
         parser.write(body)
         parser.finalize()
@@ -161,7 +165,8 @@ async def _answer_frames(ws, service, live, newest, fresh):
 async def _stream(ws, service, predictor, every):
     "A live stream, from its first frame to its end"
     newest, fresh = [], asyncio.Event()
-    tasks = [asyncio.ensure_future(t) for t in (_receive_frames(ws, service.limits, newest, fresh), _answer_frames(ws, service, LiveFaces(predictor, every), newest, fresh))]
+    tasks = [asyncio.ensure_future(t) for t in (_receive_frames(ws, service.limits, newest, fresh),
+                                                _answer_frames(ws, service, LiveFaces(predictor, every), newest, fresh))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         code = tasks[0].result() if tasks[0].done() and not tasks[0].exception() else 1001
@@ -248,8 +253,8 @@ def _work_on_video(job, predictor, every, annotate, limits):
 class _Videos:
     "The jobs of a server"
     def __init__(self, service):
-        self.service, self.limits, self.jobs = service, service.limits, {}
-        self.pool, self._temp = ThreadPoolExecutor(1, thread_name_prefix='fer_nbdev video'), tempfile.TemporaryDirectory(prefix='fer_nbdev-', ignore_cleanup_errors=True)
+        self.service, self.limits, self.jobs, self.pool = service, service.limits, {}, ThreadPoolExecutor(1, thread_name_prefix='fer_nbdev video')
+        self._temp = tempfile.TemporaryDirectory(prefix='fer_nbdev-', ignore_cleanup_errors=True)
         self.folder = Path(self._temp.name)
 
     async def add(self, request, model, detector, every, annotate):
@@ -313,7 +318,8 @@ class Health(BaseModel):
 
 def _list_models(service):
     cards = {name: service.predictors[name, service.detectors[0], False].card for name in service.models}
-    return ModelList(models=[ModelCard(name=name, **{k: card.get(k) for k in ('arch', 'classes', 'img_size', 'licence', 'scores')}) for name, card in cards.items()],
+    return ModelList(models=[ModelCard(name=name, **{k: card.get(k) for k in ('arch', 'classes', 'img_size', 'licence', 'scores')})
+                             for name, card in cards.items()],
                      detectors=service.detectors, limits=vars(service.limits))
 
 def _add_small_routes(app, guard, service):
@@ -347,7 +353,8 @@ def _add_predict(app, guard, service, classes):
             return await predict_images(service, asked.images, o.model, o.detector, o.tta, o.top_k)
 
 def _add_video(app, guard, service, videos):
-    Model, Detector, refuse, tag = Literal[tuple(service.models)], Literal[tuple(service.detectors)], [401] * len(guard), dict(tags=['video'], dependencies=guard)
+    Model, Detector = Literal[tuple(service.models)], Literal[tuple(service.detectors)]
+    refuse, tag = [401] * len(guard), dict(tags=['video'], dependencies=guard)
     Id = Annotated[str, PathParameter(pattern='^[0-9a-f]{32}$', description='of the job', examples=['0' * 32])]
     binary = {kind: {'schema': {'type': 'string', 'format': 'binary'}} for kind in ('application/octet-stream', 'video/mp4')}
 
@@ -357,7 +364,8 @@ def _add_video(app, guard, service, videos):
                     every: Annotated[int, Query(ge=1, le=1000, description='look for faces in every third frame, say; in between they are followed')] = 3,
                     annotate: Annotated[bool, Query(description='make a video with boxes and labels, too')] = False) -> VideoJob:
         kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
-        if kind != 'application/octet-stream' and not kind.startswith('video/'): raise _refusal(415, f'expected video/... or application/octet-stream, got {kind[:80] or "no content type"!r}')
+        if kind != 'application/octet-stream' and not kind.startswith('video/'):
+            raise _refusal(415, f'expected video/... or application/octet-stream, got {kind[:80] or "no content type"!r}')
         name = await videos.add(request, model, detector, every, annotate)
         response.headers['Location'] = f'/v1/video/{name}'
         return videos.find(name).public
@@ -375,14 +383,16 @@ def _file_route(videos, Id, file, kind):
     async def result(job: Id):
         found = videos.find(job)
         path, public = found.folder/file, found.public
-        if public.status != 'done' or not path.is_file(): raise _refusal(409, f'there is no {file}: the job is {public.status}' + (f', {public.error}' if public.error else ''))
+        if public.status != 'done' or not path.is_file():
+            raise _refusal(409, f'there is no {file}: the job is {public.status}' + (f', {public.error}' if public.error else ''))
         return FileResponse(path, media_type=kind, filename=file)
     return result
 
 def _add_results(app, videos, Id, refuse, tag):
     for file, kind, what in (('faces.csv', 'text/csv', 'A row for each face and frame'), ('annotated.mp4', 'video/mp4', 'The video with boxes and labels')):
-        app.get('/v1/video/{job}/' + file, summary=what, response_class=FileResponse, responses={200: {'content': {kind: {'schema': {'type': 'string', 'format': 'binary'}}},
-                'description': what}} | _refusals(*refuse, 404, 409, 422), **tag)(_file_route(videos, Id, file, kind))
+        content = {kind: {'schema': {'type': 'string', 'format': 'binary'}}}
+        app.get('/v1/video/{job}/' + file, summary=what, response_class=FileResponse,
+                responses={200: {'content': content, 'description': what}} | _refusals(*refuse, 404, 409, 422), **tag)(_file_route(videos, Id, file, kind))
 
 # %% ../nbs/12_serve.ipynb #6187d652
 def _knows(tokens, given):
@@ -392,7 +402,8 @@ def _knows(tokens, given):
 def _guard(tokens):
     "The FastAPI dependencies that let only clients with a token in; none where there are no tokens"
     for token in tokens:
-        if not (isinstance(token, str) and re.fullmatch(r'[A-Za-z0-9._~+/=-]{16,}', token)): raise ValueError('a token must have 16 or more letters, digits or ._~+/=- and nothing else')
+        if not (isinstance(token, str) and re.fullmatch(r'[A-Za-z0-9._~+/=-]{16,}', token)):
+            raise ValueError('a token must have 16 or more letters, digits or ._~+/=- and nothing else')
     async def check(found=Security(HTTPBearer(auto_error=False, description='one of the tokens that the server was started with'))):
         if found is None or not _knows(tokens, found.credentials): raise _refusal(401, 'give a known token: Authorization: Bearer TOKEN')
     return [Depends(check)] if tokens else []
@@ -446,7 +457,8 @@ class _Counted:
 # %% ../nbs/12_serve.ipynb #e9a27ecd
 _ABOUT = """Facial emotion recognition. `POST /v1/predict` answers for images, `POST /v1/video` for videos.
 
-Live frames go over the websocket `/v1/stream?model=&detector=&every=`: send image files as binary messages, get a `FrameAnswer` as text for each that was answered;
+Live frames go over the websocket `/v1/stream?model=&detector=&every=`: send image files as binary messages, \
+get a `FrameAnswer` as text for each that was answered;
 a frame that comes before the last one is answered replaces the one that waits. A token goes into the `Authorization` header, or, in a browser,
 into the subprotocols: `new WebSocket(url, ["fer.v1", "bearer.TOKEN"])`. No image is stored or logged."""
 
@@ -501,15 +513,18 @@ def create_app(
     batch_wait: float | None = .005, # seconds to wait for other requests, see `MicroBatcher`; None answers each by itself
     workers: int | None = None, # threads that read and detect; default: the usable cores, at most 16
 ) -> FastAPI: # an ASGI application: `run_app(app)`, or any ASGI server, with one process
-    "The web service. Raises `ValueError` and `FileNotFoundError` for unknown models and those that cannot be opened, and `ValueError` for tokens that are too short."
+    """The web service. Raises `ValueError` and `FileNotFoundError` for unknown models and those that cannot be opened,
+    and `ValueError` for tokens that are too short."""
     from fer_nbdev import __version__
     tokens, cors, limits = tuple(tokens), tuple(cors), limits or Limits()
-    if isinstance(cors, str) or any(not re.fullmatch(r'https?://[^/*]+', origin) for origin in cors): raise ValueError(f'cors must be a list of origins such as "https://example.org", got {cors!r}')
+    if isinstance(cors, str) or any(not re.fullmatch(r'https?://[^/*]+', origin) for origin in cors):
+        raise ValueError(f'cors must be a list of origins such as "https://example.org", got {cors!r}')
     guard, detectors = _guard(tokens), ['auto', 'haar', *['yunet'] * bool(find_yunet()), 'none']
     service = Service(_name_models(models), detectors, limits, batch_wait, workers)
     videos, classes = _Videos(service), _request_classes(list(service.models), detectors, limits)
     app = FastAPI(title='fer_nbdev', version=__version__, description=_ABOUT, docs_url=None, redoc_url=None, lifespan=_life(service, videos))
-    app.state.service, app.state.videos, app.state.tokens, app.openapi = service, videos, tokens, _with_components(app, (*classes, FrameAnswer)) # type: ignore[method-assign]
+    app.state.service, app.state.videos, app.state.tokens = service, videos, tokens
+    app.openapi = _with_components(app, (*classes, FrameAnswer)) # type: ignore[method-assign]
     _add_small_routes(app, guard, service)
     _add_predict(app, guard, service, classes)
     _add_video(app, guard, service, videos)
@@ -530,7 +545,9 @@ def create_app(
 def _check_address(host, port):
     "Raise `ValueError` where nobody can listen at an address: asked before models are opened"
     try: found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError): raise ValueError(f'host {host!r} is unknown here: expected an address or a name of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them') from None
+    except (OSError, UnicodeError):
+        raise ValueError(f'host {host!r} is unknown here: expected an address or a name of this machine, '
+                         'such as 127.0.0.1, or 0.0.0.0 for all of them') from None
     missing = 0
     for family, *_, address in found:
         try: socket.create_server(address[:2], family=family).close()
@@ -538,7 +555,8 @@ def _check_address(host, port):
             if e.errno == errno.EADDRINUSE: raise ValueError(f'port {port} of {host} is taken: choose another with --port') from None
             if e.errno == errno.EACCES: raise ValueError(f'port {port} of {host} is for the administrator only: choose one above 1023 with --port') from None
             missing += 1 # one of several, such as the IPv6 of localhost in a container without it
-    if missing == len(found): raise ValueError(f'host {host!r} is not this machine: expected one of its own addresses, such as 127.0.0.1, or 0.0.0.0 for all of them')
+    if missing == len(found):
+        raise ValueError(f'host {host!r} is not this machine: expected one of its own addresses, such as 127.0.0.1, or 0.0.0.0 for all of them')
 
 def run_app(
     app, # what `create_app` made
@@ -546,7 +564,8 @@ def run_app(
     port: int = 8000, # 0 for any that is free
     log_level: str = "info", # of uvicorn: "warning" to see no requests
 ):
-    "Serve an application until Ctrl-C or SIGTERM; requests under way are finished, for ten seconds at most. Raises `ValueError` where it cannot listen at the address."
+    """Serve an application until Ctrl-C or SIGTERM; requests under way are finished, for ten seconds at most.
+    Raises `ValueError` where it cannot listen at the address."""
     import uvicorn
     _check_address(host, port)
     uvicorn.run(app, host=host, port=port, log_level=log_level, ws_max_size=app.state.service.limits.frame_bytes + 1000, server_header=False,

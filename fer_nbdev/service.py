@@ -62,18 +62,21 @@ class Limits:
 
 # %% ../nbs/11a_service.ipynb #48ca550b
 _REFUSALS = {
-    401: 'The token is missing or not known', 404: 'There is no such job, or no longer', 408: 'The upload took too long', 409: 'The job is not done, failed, or was not asked for this', 413: 'The upload is too large',
-    415: 'The body is of another type', 422: 'The request is not what this document describes', 429: 'There is too much to do: come again later',
+    401: 'The token is missing or not known', 404: 'There is no such job, or no longer', 408: 'The upload took too long',
+    409: 'The job is not done, failed, or was not asked for this', 413: 'The upload is too large', 415: 'The body is of another type',
+    422: 'The request is not what this document describes', 429: 'There is too much to do: come again later',
     503: 'The answer took too long, or the server is starting or stopping: come again later'}
 
 def _refusal(status, detail, after=1):
     "The exception that ends a request"
-    later, auth, hang_up = {'Retry-After': str(max(1, math.ceil(after)))}, {'WWW-Authenticate': 'Bearer'}, {'Connection': 'close'} # or the rest of the body would be received
+    later, auth = {'Retry-After': str(max(1, math.ceil(after)))}, {'WWW-Authenticate': 'Bearer'}
+    hang_up = {'Connection': 'close'} # or the rest of the body would be received
     return HTTPException(status, detail, {401: auth, 408: hang_up, 413: hang_up, 429: later, 503: later}.get(status))
 
 class _Problem(BaseModel):
     "Why a request was refused"
-    detail: str | list[dict[str, Any]] = Field(description='a sentence; or for 422 what is wrong, one entry each, with its place', examples=['more than 20,000,000 bytes'])
+    detail: str | list[dict[str, Any]] = Field(description='a sentence; or for 422 what is wrong, one entry each, with its place',
+                                               examples=['more than 20,000,000 bytes'])
 
 def _refusals(*statuses):
     "What OpenAPI says about them"
@@ -134,7 +137,8 @@ class Face(BaseModel):
 
 class ImageError(BaseModel):
     "Why there is no answer for an image"
-    code: Literal['base64', 'unreadable', 'boxes'] = Field(description='the data are no base64; no image, damaged, or too large; a box is empty or outside the image')
+    code: Literal['base64', 'unreadable', 'boxes'] = Field(
+        description='the data are no base64; no image, damaged, or too large; a box is empty or outside the image')
     message: str
 
 class ImageAnswer(BaseModel):
@@ -195,7 +199,7 @@ class _Gathering:
 
     @contextmanager
     def announce(self):
-        "Say that an item is coming, so that others wait for it; it counts until it is here or the block ends. Yields a function to call just before it is handed in"
+        "Say that an item is coming, so that others wait, until it is here or the block ends. Yields a function to call just before it is handed in"
         left = [1]
         def here(): self.coming -= left[0]; left[0] = 0; self.changed.set()
         self.coming += 1
@@ -266,13 +270,15 @@ class _Threads:
     def __init__(self, models, detectors, limits, batch_wait, workers):
         self.models, self.detectors, self.limits, self.batch_wait = dict(models), list(detectors), limits, batch_wait
         if not self.models: raise ValueError('a server needs a model at least, got none')
-        self.predictors = {(name, d, tta): Predictor(model, detector=d, tta=tta) for name, model in self.models.items() for d in self.detectors for tta in (False, True)}
+        self.predictors = {(name, d, tta): Predictor(model, detector=d, tta=tta)
+                           for name, model in self.models.items() for d in self.detectors for tta in (False, True)}
         self.metrics, self.intake, self.ready, self._batchers = _Metrics(), _Intake(limits), False, {}
         self.closed, self.streaming = False, 0
         self.workers = count_threads(workers, 16, 'workers')
         self.looking = ThreadPoolExecutor(self.workers, thread_name_prefix='fer_nbdev look')
         self.running = {name: ThreadPoolExecutor(1, thread_name_prefix=f'fer_nbdev {name}') for name in self.models}
-        for name in self.models: self.predictors[name, self.detectors[0], False].predict(_NOTHING, [(0, 0, 64, 64)]) # who cannot be opened says so here, and not to the first client
+        # who cannot be opened says so here, and not to the first client
+        for name in self.models: self.predictors[name, self.detectors[0], False].predict(_NOTHING, [(0, 0, 64, 64)])
 
     def warm_up(self):
         "Ask every model in every way, and every detector in every thread, so that the first client does not wait for it"
@@ -354,7 +360,8 @@ async def predict_images(
             here()
             return looks, await batcher(looks)
     looks, preds = await service._within(work(), until)
-    answers = [ImageAnswer(name=name, width=look.size[0], height=look.size[1], faces=[_face(p, top_k) for p in faces], faces_left_out=look.left_out, error=look.error)
+    answers = [ImageAnswer(name=name, width=look.size[0], height=look.size[1], faces=[_face(p, top_k) for p in faces],
+                           faces_left_out=look.left_out, error=look.error)
                for (_, name, _), look, faces in zip(images, looks, preds)]
     for a in answers: service.metrics.images.labels(a.error.code if a.error else 'answered').inc()
     service.metrics.faces.labels(model).inc(sum(len(a.faces) for a in answers))

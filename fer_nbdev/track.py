@@ -86,6 +86,11 @@ def _costs(tracks, boxes, time, max_distance):
     limit = np.array([max_distance * (1 + time - t.seen) for t in tracks])[:, None]
     return np.where(cost <= limit, cost, np.inf)
 
+def _check_areas(boxes):
+    "Raise a `ValueError` for boxes without a finite area"
+    if any(not (math.inf > x1 > x0 > -math.inf and math.inf > y1 > y0 > -math.inf) for x0, y0, x1, y1 in boxes):
+        raise ValueError(f'each box must be (x0, y0, x1, y1) with x1 > x0 and y1 > y0, got {boxes}')
+
 # %% ../nbs/10a_track.ipynb #1c61ca87
 class _Track:
     "One face over time"
@@ -120,7 +125,7 @@ class FaceTracker:
         "Take in the detections of a frame. Raises a `ValueError` for a time that is not later than the last, and for boxes without a finite area."
         boxes = [tuple(map(float, b)) for b in boxes]
         if not self.time < time < math.inf: raise ValueError(f'time must be later than the last, {self.time:g} s, got {time!r}; for another video call reset()')
-        if any(not (math.inf > x1 > x0 > -math.inf and math.inf > y1 > y0 > -math.inf) for x0, y0, x1, y1 in boxes): raise ValueError(f'each box must be (x0, y0, x1, y1) with x1 > x0 and y1 > y0, got {boxes}')
+        _check_areas(boxes)
         self.time = time
         for t in self._tracks: t.motion.predict(time)
         pairs = assign(_costs(self._tracks, boxes, time, self.max_distance))
@@ -135,7 +140,8 @@ class FaceTracker:
         time: float, # seconds; not before the last update
     ) -> dict[int, Box]: # the box of each number; it may reach outside the image
         "Where the faces are expected in a frame without detection"
-        return {t.id: t.motion.box(time) for t in self._tracks if t.id and (t.seen == self.time or time - t.seen <= self.coast)} # who was there when one last looked is not lost
+        # who was there when one last looked is not lost
+        return {t.id: t.motion.box(time) for t in self._tracks if t.id and (t.seen == self.time or time - t.seen <= self.coast)}
 
     waiting = property(lambda self: any(t.id is None for t in self._tracks), doc="Is there a face that only the next detection can confirm?")
 

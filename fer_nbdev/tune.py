@@ -69,7 +69,8 @@ def parse_space(
         if not eq: raise ValueError(f"{line!r}: expected field=range or field=choice,choice")
         if key in found: raise ValueError(f"{key} is searched twice")
         in_loss = (*_IN_LOSS[recipe.monitor], *["bs"]*bool(recipe.class_weights)) if recipe.monitor in _IN_LOSS else ()  # weights are averaged batch by batch
-        if key.partition(".")[0] in (*_FIXED, *in_loss): raise ValueError(f"{key} can't be searched: scores of recipes that differ in it can't be compared by {recipe.monitor}")
+        if key.partition(".")[0] in (*_FIXED, *in_loss):
+            raise ValueError(f"{key} can't be searched: scores of recipes that differ in it can't be compared by {recipe.monitor}")
         d = found[key] = _distribution(key, text)
         for value in d.choices if hasattr(d, "choices") else (d.low, d.high): recipe.set(_settings({key: value}))
     if not found: raise ValueError("nothing to search: give a space such as lr=log:1e-3:1e-1")
@@ -104,7 +105,7 @@ def _minutes(run):
     return sum(row["seconds"] for row in json.loads((run/"history.json").read_text()))/60 if (run/"history.json").exists() else 0.
 
 def _run_trial(study, trial, recipe, table, out, device):
-    "Train one trial and tell the study how it ended. Values that training refuses, where it has taken others, are given up; a score that is no number is a failure."
+    "Train one trial and tell the study how it ended. Values that training refuses, where it has taken others, are given up; a score that is no number fails."
     from optuna import TrialPruned
     from optuna.trial import TrialState
     run = out/"trials"/f"{trial.number:03d}"
@@ -178,9 +179,11 @@ def _count_tried(study):
 def trial_rows(
     study,  # `optuna.Study` of `tune`
 ) -> list:
-    "A dict a trial, in their order: number, state, score (the best epoch of a finished trial, the last of one that was given up), epochs, minutes, and the values tried."
+    """A dict a trial, in their order: number, state, score (the best epoch of a finished trial, the last of one that was given up),
+    epochs, minutes, and the values tried."""
     def row(t):
-        return dict(trial=t.number, state=t.state.name.lower(), score=t.value, epochs=len(t.intermediate_values), minutes=round(t.user_attrs.get("minutes", 0.), 3), **t.params)
+        return dict(trial=t.number, state=t.state.name.lower(), score=t.value,
+                    epochs=len(t.intermediate_values), minutes=round(t.user_attrs.get("minutes", 0.), 3), **t.params)
     return [row(t) for t in study.trials]
 
 def _values(params):
@@ -191,14 +194,16 @@ def _trial_line(row):
     "A row in words."
     values = _values(dict(list(row.items())[5:]))
     score = "no score" if row["score"] is None else f"{row['score']:.4f}"
-    return f"trial {row['trial']:3} {dict(complete='finished', pruned='given up', fail='failed')[row['state']]:8} after {row['epochs']:2} epochs: {score}   {values}"
+    ended = dict(complete="finished", pruned="given up", fail="failed")[row["state"]]
+    return f"trial {row['trial']:3} {ended:8} after {row['epochs']:2} epochs: {score}   {values}"
 
 def best_recipe(
     study,  # `optuna.Study` of `tune` with a finished trial
     recipe: Recipe,  # where the search started from
 ) -> Recipe:
     "The recipe with the values of the best finished trial."
-    about = f"{recipe.name} with {', '.join(study.best_params)} of the best of {len(_done(study))} trials: {recipe.monitor} {study.best_value:.4f} on {recipe.valid}."
+    about = (f"{recipe.name} with {', '.join(study.best_params)} of the best of {len(_done(study))} trials: "
+             f"{recipe.monitor} {study.best_value:.4f} on {recipe.valid}.")
     return recipe.set([*_settings(study.best_params), f"name={recipe.name}_tuned", "about=" + _plain(about)])
 
 def _write_trials(study, recipe, out):
@@ -260,7 +265,8 @@ def tune(
     that the recipe refuses, for a recipe that validates on PrivateTest, where `out` holds another search, and among several ranks."""
     if num_distrib() > 1: raise ValueError("a search trains one network after the other in one process: start it without torchrun")
     out, table = Path(expand_home(out)), table[table.usage != "PrivateTest"]
-    if recipe and isinstance(recipe.valid, str) and "PrivateTest" in split_names(recipe.valid): raise ValueError(f"valid={recipe.valid!r}: a search must not look at PrivateTest")
+    if recipe and isinstance(recipe.valid, str) and "PrivateTest" in split_names(recipe.valid):
+        raise ValueError(f"valid={recipe.valid!r}: a search must not look at PrivateTest")
     if recipe: recipe = replace(recipe, valid=_valid_or_tenth(recipe.valid, table.usage))
     recipe, space = _begin(out, recipe, space, describe_data(table)["sha256"], resume)
     distributions = parse_space(space, recipe)

@@ -126,7 +126,8 @@ def _find_source(source):
     if not isinstance(source, (str, os.PathLike)):
         if not hasattr(source, '__iter__') or isinstance(source, (bytes, bytearray)) or isinstance(source, np.ndarray) and source.ndim < 3:
             raise ValueError(f'a video is a path, an address, the number of a camera, or a list of images, got {source!r:.80}')
-        if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] in (1, 3, 4): raise ValueError(f'{list(source.shape)} is the shape of one image: a single image goes into a list, [image]')
+        if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] in (1, 3, 4):
+            raise ValueError(f'{list(source.shape)} is the shape of one image: a single image goes into a list, [image]')
         return source, 'the list of images'
     path = expand_home(source)
     if '://' in path: return path, path
@@ -144,7 +145,7 @@ class _Opened:
         start: float = 0., # seconds to skip
         end: float | None = None, # seconds at which to stop; default: where the source ends
         fps: float | None = None, # frames a second of images, and of files that do not say; default: 25
-        live: bool | None = None, # whether frames come at their own pace, and those that find nobody ready are lost; default: cameras, and addresses without an end
+        live: bool | None = None, # whether frames come at their own pace, and are lost where nobody is ready; default: cameras, and addresses without an end
         timeout: float = 10., # seconds to wait for an address
     ):
         if not 0 <= start < math.inf: raise ValueError(f'start is in seconds, 0 or more, got {start!r}')
@@ -288,7 +289,8 @@ def predict_video(
     detector: str | os.PathLike | Callable | None = None, # how to find faces, see `detect_faces`; default: "auto"; a `Predictor` brings its own
     **options, # for the reader: start, end, fps, live, timeout
 ) -> Iterator[Frame]: # each frame with its predictions: `track_id`, smoothed `probs`, the stable `emotion` and its probability
-    """Find the faces of a video, follow them, and say in every frame which emotion each shows. Every frame of a file is used; a live source skips frames that arrive while another is processed.
+    """Find the faces of a video, follow them, and say in every frame which emotion each shows.
+    Every frame of a file is used; a live source skips frames that arrive while another is processed.
 
     A face is reported from its second detection on, so a scene of one frame has none: for unrelated pictures there is `Predictor.predict_many`.
     Raises what `VideoReader` and `Predictor` raise, at once, and `ValueError` for settings out of range."""
@@ -328,10 +330,11 @@ def _draw_bars(image, pred, others, row, scale, color):
     panel = image[y:y + tall, x:x + wide]
     panel[:] = panel // 3 + 160
     (best, _), = pred.top_k(1)
+    lit = pred.emotion if pred.emotion in pred.probs else best
     for k, (name, p) in enumerate(pred.probs.items()):
         top = y + row // 4 + k * row
         end = x + 5 * row + round(3.8 * row * p)
-        cv2.rectangle(image, (x + 5 * row, top + 2), (end, top + row - 2), color if name == (pred.emotion if pred.emotion in pred.probs else best) else _GRAY, -1)
+        cv2.rectangle(image, (x + 5 * row, top + 2), (end, top + row - 2), color if name == lit else _GRAY, -1)
         _put_text(image, name[:10], x + row // 4, top + row - row // 4, scale)
 
 def annotate_frame(
@@ -364,10 +367,12 @@ def _add_sound(ffmpeg, path, sound, start, seconds):
     "Put the sound of a file, from `start` on, beside the pictures of another; a file without sound changes nothing"
     path = Path(path)
     both = path.with_name(f'.{path.stem}.sound{path.suffix}') # hidden, as the temporary file beside it is
-    command = [ffmpeg, '-v', 'error', '-y', '-i', str(path), '-ss', f'{start:.6f}', '-t', f'{seconds:.6f}', '-i', sound, '-map', '0:v:0', '-map', '1:a:0?', '-c:v', 'copy', str(both)]
+    command = [ffmpeg, '-v', 'error', '-y', '-i', str(path), '-ss', f'{start:.6f}', '-t', f'{seconds:.6f}', '-i', sound,
+               '-map', '0:v:0', '-map', '1:a:0?', '-c:v', 'copy', str(both)]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        if done.returncode: warn(f'the video is written without sound: ffmpeg cannot take it from {sound!r} ({done.stderr.decode(errors="replace").strip()[-200:]})', stacklevel=2)
+        if done.returncode: warn(f'the video is written without sound: ffmpeg cannot take it from {sound!r} '
+                                 f'({done.stderr.decode(errors="replace").strip()[-200:]})', stacklevel=2)
         else: os.replace(both, path)
     finally: both.unlink(missing_ok=True)
 
@@ -404,7 +409,9 @@ class _Pipe:
 # %% ../nbs/11_video.ipynb #ce172724
 def _check_frame(image, time):
     "Raise a `ValueError` unless this is a picture, and that a time"
-    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3): raise ValueError(f'a frame is RGB, uint8 [h, w, 3], got {getattr(image, "dtype", type(image).__name__)} {list(np.shape(image))}')
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+        kind = getattr(image, 'dtype', type(image).__name__)
+        raise ValueError(f'a frame is RGB, uint8 [h, w, 3], got {kind} {list(np.shape(image))}')
     if not math.isfinite(time): raise ValueError(f'the time of a frame is in seconds, got {time!r}')
 
 class _OpenCV:
@@ -453,7 +460,8 @@ class _FilmFile:
         self._sink = _Pipe(ffmpeg, self._temp, better, self.fps, self._size) if ffmpeg else _OpenCV(self._temp, plain, self.fps, self._size)
         if self._sounds: self._files.push(lambda *error: None if error[0] else _add_sound(ffmpeg, self._temp, self.sound, time, self.count / self.fps))
         self._files.callback(self._sink.release) # before the sound is added
-        if self.sound and not ffmpeg: warn('the video is written without sound, and in MPEG-4, since there is no ffmpeg: pip install "fer_nbdev[video]" brings one', stacklevel=4)
+        if self.sound and not ffmpeg:
+            warn('the video is written without sound, and in MPEG-4, since there is no ffmpeg: pip install "fer_nbdev[video]" brings one', stacklevel=4)
 
     def _complain(self): raise ValueError(f'no frame was written to {str(self.path)!r}')
 
@@ -489,7 +497,8 @@ _COLUMNS = ('frame', 'time', 'track_id', 'x0', 'y0', 'x1', 'y1', 'emotion', 'con
 
 def _rows(frame):
     "The rows of a frame, one a face"
-    return [(frame.number, round(frame.time, 4), p.track_id, *(p.box or (None,) * 4), p.emotion, round(p.confidence, 4), *(round(v, 4) for v in p.probs.values())) for p in frame.preds]
+    return [(frame.number, round(frame.time, 4), p.track_id, *(p.box or (None,) * 4),
+             p.emotion, round(p.confidence, 4), *(round(v, 4) for v in p.probs.values())) for p in frame.preds]
 
 @contextmanager
 def _csv_table(path, classes):
@@ -520,7 +529,8 @@ def _json_lines(path):
     with ExitStack() as files:
         if not (standard := str(path) == '-'): (path := Path(expand_home(path))).parent.mkdir(parents=True, exist_ok=True)
         file = sys.stdout if standard else files.enter_context(open(path, 'w', encoding='utf-8'))
-        yield lambda frame: print(json.dumps(dict(frame=frame.number, time=round(frame.time, 4), faces=[p.to_dict() for p in frame.preds])), file=file, flush=True)
+        yield lambda frame: print(json.dumps(dict(frame=frame.number, time=round(frame.time, 4), faces=[p.to_dict() for p in frame.preds])),
+                                  file=file, flush=True)
 
 def _open_table(path, classes):
     kinds = {'.csv': _csv_table, '.parquet': _parquet_table}
@@ -578,7 +588,8 @@ class _Steps:
         if track_id not in self._people: raise ValueError(f'there is no track {track_id!r}: the tracks are {", ".join(map(str, self._people)) or "(none)"}')
         points, last = [], None
         for at, (total, n) in sorted(self._people[track_id].steps.items()):
-            if last is not None and (at - last) * self.step > max(.5, 1.5 * self.step): points += [(k, np.full(len(self.classes), np.nan)) for k in (last + .5, at - .5)]
+            if last is not None and (at - last) * self.step > max(.5, 1.5 * self.step):
+                points += [(k, np.full(len(self.classes), np.nan)) for k in (last + .5, at - .5)]
             points.append((at, total / n))
             last = at
         times, probs = zip(*points)
@@ -593,7 +604,8 @@ class Timeline(_Steps):
         for track_id, who in sorted(self._people.items(), key=lambda item: -item[1].frames):
             mean, spent = sum(total for total, _ in who.steps.values()) / who.frames, sum(who.seconds.values())
             shares = {c: round(who.seconds.get(c, 0.) / spent, 4) if spent else 0. for c in dict.fromkeys([*self.classes, *who.seconds])}
-            rows.append(dict(track_id=track_id, first=round(who.first, 3), last=round(who.last, 3), frames=who.frames, emotion=max(shares, key=lambda c: shares[c]) if spent else who.label,
+            rows.append(dict(track_id=track_id, first=round(who.first, 3), last=round(who.last, 3), frames=who.frames,
+                             emotion=max(shares, key=lambda c: shares[c]) if spent else who.label,
                              shares=shares, probs=dict(zip(self.classes, mean.round(4).tolist())), changes=who.changes))
         return rows
 
@@ -633,7 +645,8 @@ class _Window:
         if sys.platform.startswith('linux') and not (os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
             raise ValueError('there is no display to open a window on: do without it (--no-window), and write a video, a table or JSON lines')
         try: self.cv2.namedWindow(title)
-        except self.cv2.error: raise ValueError('this OpenCV opens no windows (opencv-python-headless?): pip install "opencv-python<5", or do without (--no-window)') from None
+        except self.cv2.error:
+            raise ValueError('this OpenCV opens no windows (opencv-python-headless?): pip install "opencv-python<5", or do without (--no-window)') from None
 
     def __call__(self, frame):
         "Show a frame -> whether to go on"
@@ -667,14 +680,17 @@ def _save_timeline(seen, path):
 
 def _check_outputs(reader, outputs, jsonl):
     "Raise a `ValueError` where an output is the input or another output, or a name for JSON lines ends like something else"
-    read = [reader.source] if isinstance(reader.source, str) else [s for s in reader.source if isinstance(s, (str, os.PathLike))] if isinstance(reader.source, list) else []
+    read = ([reader.source] if isinstance(reader.source, str)
+            else [s for s in reader.source if isinstance(s, (str, os.PathLike))] if isinstance(reader.source, list) else [])
     places = [os.path.realpath(expand_home(path)) for path in outputs]
     files = {(s.st_dev, s.st_ino) for s in (os.stat(p) for p in map(expand_home, read) if os.path.exists(p))}
     for path, place in zip(outputs, places):
-        if os.path.exists(place) and (os.stat(place).st_dev, os.stat(place).st_ino) in files: raise ValueError(f'{str(path)!r} is the input: choose another name')
+        if os.path.exists(place) and (os.stat(place).st_dev, os.stat(place).st_ino) in files:
+            raise ValueError(f'{str(path)!r} is the input: choose another name')
         if places.count(place) > 1: raise ValueError(f'{str(path)!r} is given for two outputs: choose another name for one of them')
     suffix = Path(jsonl or '').suffix.lower()
-    if suffix in {*_CODECS, *IMAGE_SUFFIXES, '.csv', '.parquet'}: raise ValueError(f'{str(jsonl)!r} ends in {suffix}, but is for lines of JSON: choose a name such as faces.jsonl')
+    if suffix in {*_CODECS, *IMAGE_SUFFIXES, '.csv', '.parquet'}:
+        raise ValueError(f'{str(jsonl)!r} ends in {suffix}, but is for lines of JSON: choose a name such as faces.jsonl')
 
 def _outputs(files, reader, classes, out, tables, jsonl):
     "Open what is to be written -> functions that take a frame, and the video or None"
@@ -697,12 +713,14 @@ def process_video(
     progress: Callable | None = None, # is called with each `Frame`, and again while a gap in the video is written; it may raise to stop
     **options, # of `predict_video`, for the faces and for the reader: every, smoothing, detector, start, end, live ...
 ) -> Timeline: # the timeline, with its summary
-    """Follow the faces of a video and write what is asked for. Videos, tables and pictures are written whole or not at all; but a live source may be ended by Ctrl-C at any time.
+    """Follow the faces of a video and write what is asked for.
+    Videos, tables and pictures are written whole or not at all; but a live source may be ended by Ctrl-C at any time.
 
     Raises what `predict_video` and `VideoWriter` raise, and a `ValueError` where a window is asked for and there is no display."""
     _check_options(options)
     with ExitStack() as files:
-        reader = source if isinstance(source, VideoReader) else VideoReader(source, **{k: options.pop(k) for k in ('start', 'end', 'fps', 'live', 'timeout') if k in options})
+        reader = source if isinstance(source, VideoReader) else VideoReader(
+            source, **{k: options.pop(k) for k in ('start', 'end', 'fps', 'live', 'timeout') if k in options})
         files.callback(reader.close)
         show = files.enter_context(_Window(f'fer {reader.name}')) if window else None
         predictor = model if isinstance(model, Predictor) else Predictor(model, detector=options.pop('detector', None) or 'auto')
