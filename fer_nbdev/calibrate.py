@@ -105,11 +105,13 @@ def calibrate_graph(
         for w in [w for w in weights if w.name.startswith("calibration_")]: weights.remove(w)
     if calibration is not None and calibration.method != "none":
         k, name = proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value, nodes[-1].input[0]
-        if not k == len(calibration.scale) == len(calibration.bias): raise ValueError(f"the calibration is one of {len(calibration.scale)} classes, the graph knows {k}")
+        if not k == len(calibration.scale) == len(calibration.bias):
+            raise ValueError(f"the calibration is one of {len(calibration.scale)} classes, the graph knows {k}")
         last, bent = nodes.pop(), dict(Abs=None, Pow="power", Neg=None) if calibration.power != 1 else {}
         for op, by in dict(LogSoftmax=None, **bent, Mul="scale", Add="bias").items():
             if by is not None: weights.append(numpy_helper.from_array(np.array(getattr(calibration, by), np.float32), f"calibration_{by}"))
-            nodes.append(helper.make_node(op, [name] if by is None else [name, f"calibration_{by}"], [f"calibration_{op.lower()}"], f"calibration_{op.lower()}"))
+            inputs, label = [name] if by is None else [name, f"calibration_{by}"], f"calibration_{op.lower()}"
+            nodes.append(helper.make_node(op, inputs, [label], label))
             name = nodes[-1].output[0]
         last.input[0] = name
         nodes.append(last)

@@ -40,7 +40,7 @@ def has_bf16(
 
 # %% ../nbs/04b_callbacks.ipynb #725dcb0c
 class _ProductGradient(torch.autograd.Function):
-    "A 3x3 convolution in bf16 whose weight gradient is a matrix product for each row of its kernel: output gradients [k, h*n*w] times windows of the input [h*n*w, 3*c]."
+    "A 3x3 convolution in bf16 whose weight gradient is a matrix product for each kernel row: output gradients [k, h*n*w] times input windows [h*n*w, 3*c]."
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx, x, w, b):
@@ -136,7 +136,8 @@ class SAM(Callback):
         climb = torch._foreach_mul(grads, self.rho/(torch.stack(torch._foreach_norm(grads)).norm() + 1e-12))
         with torch.no_grad(): torch._foreach_add_(weights, climb)
         for p in weights: p.grad = None
-        with self._kept_statistics(): (self.loss_func(self.model(*self.xb), *self.yb) * getattr(self, "loss_share", 1.)).backward()  # the share: see `WholeBatch`
+        with self._kept_statistics():
+            (self.loss_func(self.model(*self.xb), *self.yb) * getattr(self, "loss_share", 1.)).backward()  # the share: see `WholeBatch`
         with torch.no_grad(): torch._foreach_sub_(weights, climb)
 
     @contextmanager
@@ -320,7 +321,7 @@ def save_weights(
 def load_weights(
     path,  # .safetensors file
 ) -> tuple:
-    "(name -> tensor, the `about` that `save_weights` stored) of a safetensors file. Nothing in it is run: a pickle under such a name is a `ValueError`, as is every other damage."
+    "(name -> tensor, the `about` of `save_weights`) of a safetensors file. Nothing in it is run: a pickle so named is a `ValueError`, as is other damage."
     path = Path(expand_home(path))
     if not path.is_file(): raise FileNotFoundError(f"there is no weights file {str(path)!r}")
     try:
@@ -375,7 +376,8 @@ class EarlyStop(Callback):
     ): self.patience, self.monitor = patience, monitor
 
     def before_fit(self):
-        if getattr(self.learn, "first_epoch", 0) > 0 and self._is_over(): self.learn.first_epoch = self.n_epoch  # a resumed run that had ended has no epoch left
+        # a resumed run that had ended has no epoch left
+        if getattr(self.learn, "first_epoch", 0) > 0 and self._is_over(): self.learn.first_epoch = self.n_epoch
 
     def after_epoch(self):
         if self._is_over(): raise CancelFitException()

@@ -19,7 +19,8 @@ def write_model(
 ) -> dict: # the card, with the fingerprint of the graph
     "Write a network and its card. Killed at any moment, this leaves the old model or the new one (see `spare_path`)."
     folder, sha256 = Path(expand_home(folder)), hashlib.sha256(graph).hexdigest()
-    card = {k: v for k, v in card.items() if k != 'accounting' or isinstance(v, dict) and v.get('sha256') == sha256} # what was counted of another network says nothing of this one
+    # what was counted of another network says nothing of this one
+    card = {k: v for k, v in card.items() if k != 'accounting' or isinstance(v, dict) and v.get('sha256') == sha256}
     card |= {'files': {'model.onnx': dict(sha256=sha256, bytes=len(graph))}}
     with write_whole(spare := spare_path(folder/'model.onnx', sha256)) as tmp: Path(tmp).write_bytes(graph)
     with write_whole(folder/'card.json') as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding='utf-8')
@@ -54,7 +55,8 @@ def read_card(
     folder = Path(expand_home(folder))
     if not folder.is_dir(): raise FileNotFoundError(f'there is no model folder {str(folder)!r}')
     path = folder/'card.json'
-    if not path.is_file(): raise FileNotFoundError(f'{str(folder)!r} is no model folder, it has no card.json: expected model.onnx and card.json, as export writes them')
+    if not path.is_file():
+        raise FileNotFoundError(f'{str(folder)!r} is no model folder, it has no card.json: expected model.onnx and card.json, as export writes them')
     try: card = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f'{str(path)!r} is not valid JSON ({e}): export the model again') from None
     _check_card(card, repr(str(path)))
@@ -98,7 +100,8 @@ def read_model(
 
 # %% ../nbs/00a_cards.ipynb #81632182
 _ROWS = (('accuracy', None, 'accuracy', '.2%'), ('accuracy over ten views', 'ten_views', 'accuracy', '.2%'),
-         ('accuracy without faces that are in Training pixel for pixel', 'without_copies', 'accuracy', '.2%'), ('accuracy without faces whose picture is in Training', 'without_near_copies', 'accuracy', '.2%'),
+         ('accuracy without faces that are in Training pixel for pixel', 'without_copies', 'accuracy', '.2%'),
+         ('accuracy without faces whose picture is in Training', 'without_near_copies', 'accuracy', '.2%'),
          ('macro F1', None, 'macro_f1', '.3f'), ('log loss', None, 'log_loss', '.3f'),
          ('calibration error (ECE)', None, 'ece', '.3f'), ('calibration error before calibration', 'uncalibrated', 'ece', '.3f'))
 
@@ -120,13 +123,17 @@ def _tell(card):
     "The Markdown of `model_card`"
     account, size = card.get('accounting', {}), card['files']['model.onnx'].get('bytes')
     size = '' if size is None else f'{size/1e6:.1f} MB' if size >= 1e5 else f'{size:,} bytes'
-    cost = [_known(card, ('arch', '`{}`'), ('n_params', '{:,} parameters')), f'{account["flops"]/1e6:,.0f} million operations a face' if account else '', size, card.get('licence')]
+    cost = [_known(card, ('arch', '`{}`'), ('n_params', '{:,} parameters')),
+            f'{account["flops"]/1e6:,.0f} million operations a face' if account else '', size, card.get('licence')]
     text = [f'## {card["name"]}', '', ', '.join(filter(None, cost)) + f'; says {", ".join(card["classes"])}.', '', *_score_lines(card), '']
     if f := account.get('ferplus'):
-        text += [f'Against the majority of FER+ on {f["n"]:,} faces of PrivateTest it is right on {f["accuracy"]:.1%}; FER2013\'s own labels agree with it on {f["label_agrees"]:.1%}.', '']
-    if t := card.get('latency'): text += [f'{t["single_ms"]:.2f} ms a face on one core of {t["hardware"]}, {t["batch_ms"]:.2f} ms in batches of {t["batch"]}.', '']
+        text += [f'Against the majority of FER+ on {f["n"]:,} faces of PrivateTest it is right on {f["accuracy"]:.1%}; '
+                 f'FER2013\'s own labels agree with it on {f["label_agrees"]:.1%}.', '']
+    if t := card.get('latency'):
+        text += [f'{t["single_ms"]:.2f} ms a face on one core of {t["hardware"]}, {t["batch_ms"]:.2f} ms in batches of {t["batch"]}.', '']
     for part in card.get('members') or [card]:
-        made = _known(part, ('date', '{}'), ('train_minutes', '{:.0f} minutes'), ('hardware', '{}'), ('seed', 'seed {}'), ('best_epoch', 'best epoch {}'), ('commit', 'commit {:.9}'))
+        made = _known(part, ('date', '{}'), ('train_minutes', '{:.0f} minutes'), ('hardware', '{}'),
+                      ('seed', 'seed {}'), ('best_epoch', 'best epoch {}'), ('commit', 'commit {:.9}'))
         if made: text += [f'- {part["name"]}: {made}']
     if account: text += ['', '```bash', *account['retrain'], '```']
     return '\n'.join(text).strip() + '\n'
@@ -139,4 +146,5 @@ def model_card(
     card = read_card(folder, check_files=False)
     try: return _tell(card)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f'{str(folder/"card.json")!r} has an entry that is not as export writes it ({type(e).__name__}: {e}): export the model again') from None
+        raise ValueError(f'{str(folder/"card.json")!r} has an entry that is not as export writes it ({type(e).__name__}: {e}): '
+                         'export the model again') from None

@@ -160,7 +160,8 @@ def match_faces(
 ) -> Match:
     "Lay face `a` on face `b`, as it is and in the mirror, and return the better `Match`."
     for name, face in dict(a=a, b=b).items():
-        if face.dtype != np.uint8 or face.ndim != 2 or min(face.shape) < 16: raise ValueError(f"{name} must be a uint8 face [h, w] of at least 16 x 16 pixels, got {face.dtype} {list(face.shape)}")
+        if face.dtype != np.uint8 or face.ndim != 2 or min(face.shape) < 16:
+            raise ValueError(f"{name} must be a uint8 face [h, w] of at least 16 x 16 pixels, got {face.dtype} {list(face.shape)}")
     (a,), (b,) = _details(a[None]), _details(b[None])
     return max((_align(a, b, m) for m in (False, True)), key=lambda m: m.similarity)
 
@@ -190,7 +191,8 @@ def find_near_duplicates(
 
     Pictures of one gray are copies of each other only where they are identical. Raises `ValueError` for a similarity outside 0..1
     or a number of neighbours below 1."""
-    if not 0 < min_similarity < 1 or neighbors < 1: raise ValueError(f"min_similarity={min_similarity}, neighbors={neighbors}: expected a number between 0 and 1, and at least one neighbour")
+    if not 0 < min_similarity < 1 or neighbors < 1:
+        raise ValueError(f"min_similarity={min_similarity}, neighbors={neighbors}: expected a number between 0 and 1, and at least one neighbour")
     exact = find_duplicates(table)
     rows = np.flatnonzero(~exact.copies & ~_is_flat(table.pixels))
     candidates = _candidates(table.pixels[rows], neighbors) if len(rows) > 1 else np.empty((0, 3), int)
@@ -338,7 +340,9 @@ _FERPLUS_NAMES = np.array([dict(anger="angry", happiness="happy", sadness="sad",
 def ferplus_majority(
     ferplus: FERPlus,  # of `read_ferplus`
 ) -> tuple:
-    "What more than half of the voters said of each row, str [n] (an emotion, contempt, unknown, not a face; empty where no half agrees), and its votes, int64 [n]."
+    """What more than half of the voters said of each row, str [n], and its votes, int64 [n].
+
+    That is an emotion, contempt, unknown, not a face; it is empty where no half agrees."""
     votes = ferplus.votes.astype(np.int64)
     most, total = votes.max(1), votes.sum(1)
     return np.where(2*most > total, _FERPLUS_NAMES[votes.argmax(1)], ""), most
@@ -380,7 +384,8 @@ def _copy_findings(table, copies, said):
             if not len(others): continue  # the one that is kept
             related = max(others, key=partial(alike, row))
             if not alike(row, related): related = max(group[group != row], key=partial(alike, row))  # a copy of a copy
-            found.append((row, FINDING_KINDS[0 if exact[row] == exact[related] else 1], alike(row, related), related, "drop" if table.usage[row] == "Training" else "keep"))
+            found.append((row, FINDING_KINDS[0 if exact[row] == exact[related] else 1], alike(row, related), related,
+                          "drop" if table.usage[row] == "Training" else "keep"))
     row, kind, score, related, action = zip(*found) if found else [()]*5
     return _of_kind(list(kind), np.array(row, int), list(score), related=list(related), action=list(action))
 
@@ -411,7 +416,7 @@ def collect_findings(
     Columns: row, usage, kind (one of `FINDING_KINDS`), label, suggested (another label), score (0..1, similarity or doubt), related (the row
     it is a copy of), ferplus and votes (the majority), action (one of `ACTIONS`), new_label (what `relabel` writes), pixels (`pixel_ids`).
     Raises `ValueError` where something has another number of rows than the table."""
-    for name, n in dict(copies=copies and len(copies.first), not_face=not_face if not_face is None else len(not_face), ferplus=ferplus and len(ferplus)).items():
+    for name, n in dict(copies=copies and len(copies.first), not_face=None if not_face is None else len(not_face), ferplus=ferplus and len(ferplus)).items():
         if n not in (None, len(table)): raise ValueError(f"{name} has {n:,} rows, the table {len(table):,}: search the table itself, before rows are selected")
     said, votes = ferplus_majority(ferplus) if ferplus else (np.full(len(table), ""), np.zeros(len(table), int))
     drop = ferplus is not None if drop_doubted is None else drop_doubted
@@ -435,7 +440,9 @@ def write_findings(
     path,  # csv file to write
 ):
     "Write findings as csv, whole or not at all."
-    with write_whole(path) as tmp: findings[list(_COLUMNS)].assign(related=findings.related.where(findings.related >= 0, "")).to_csv(tmp, index=False, lineterminator="\n")
+    with write_whole(path) as tmp:
+        table = findings[list(_COLUMNS)].assign(related=findings.related.where(findings.related >= 0, ""))
+        table.to_csv(tmp, index=False, lineterminator="\n")
 
 def read_findings(
     path,  # csv file that `write_findings` wrote, and a person may have edited
@@ -446,13 +453,15 @@ def read_findings(
     if not path.is_file(): raise FileNotFoundError(f"no findings at {path}: expected a csv that write_findings wrote")
     try: found = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=False).fillna("")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OverflowError) as e: raise ValueError(f"{path}: cannot be read as csv ({e})") from None
-    if not isinstance(found.index, pd.RangeIndex): raise ValueError(f"{path}, line 2: more cells than line 1 has columns")  # pandas takes the first ones for an index
+    # pandas takes the first ones for an index
+    if not isinstance(found.index, pd.RangeIndex): raise ValueError(f"{path}, line 2: more cells than line 1 has columns")
     missing = [c for c in _COLUMNS if c not in found]
     if missing: raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(found)}. Save it with commas, as it was")
     found = found[(found != "").any(axis=1)]  # lines that were left empty; the others keep their numbers
     found = found.assign(action=found.action.str.strip().str.lower(), new_label=found.new_label.str.strip(), related=found.related.replace("", "-1"))
     problems = {  # what is wrong -> the lines with that
-        "a line break inside a cell": found.apply(lambda column: column.str.contains("[\r\n]")).any(axis=1),  # by itself "\r" would not be quoted when it is written again
+        # by itself "\r" would not be quoted when it is written again
+        "a line break inside a cell": found.apply(lambda column: column.str.contains("[\r\n]")).any(axis=1),
         **{f"{c} must be a whole number, not {{{c}!r}}": ~found[c].str.fullmatch(r"-?[0-9]{1,18}") for c in ("row", "related", "votes")},
         "score must be a number, not {score!r}": ~np.isfinite(pd.to_numeric(found.score, errors="coerce").astype(float)),
         "unknown kind {kind!r}: expected one of " + ", ".join(FINDING_KINDS): ~found.kind.isin(FINDING_KINDS),
@@ -478,7 +487,8 @@ def _check_findings(found, table, path=None):
     other = (np.array(pixel_ids(table.pixels[rows]), object) != found.pixels) | (table.usage[rows] != found.usage)
     _refuse(other, found, path, f"row {{f.row}} has other pixels or another split in the table ({{n:,}} of {{total:,}} rows do): {about}")
     found = found.assign(now=names[table.emotion[rows]])
-    _refuse(found.now != found.label, found, path, "row {f.row} is labelled {f.now!r} in the table and {f.label!r} in the findings: have they been applied before?")
+    _refuse(found.now != found.label, found, path,
+            "row {f.row} is labelled {f.now!r} in the table and {f.label!r} in the findings: have they been applied before?")
     _refuse((found.usage != "Training") & (found.action != "keep"), found, path,
             "row {f.row} is a {f.usage} row, and its action {f.action!r}: test rows stay as they are, or scores cannot be compared; write keep")
     _refuse((found.action == "relabel") & ~found.new_label.isin(names), found, path,
@@ -552,7 +562,8 @@ def _said_html(table, finding, probs):
 class FindingsReviewer:
     """A page of widgets to decide about the findings of a csv: one card a finding, with a picture, the opinions and a menu.
 
-    Show it as the last line of a cell. Left out are test rows, which are kept, and findings about rows that an earlier finding drops. Raises `ValueError` for findings about other data."""
+    Show it as the last line of a cell. Left out are test rows, which are kept, and findings about rows that an earlier finding drops.
+    Raises `ValueError` for findings about other data."""
     def __init__(self,
         table: FER2013,  # the table that was searched
         path,  # csv of `write_findings`; decisions are written into it
@@ -561,7 +572,8 @@ class FindingsReviewer:
         labels: tuple | None = None,  # only rows that are labelled so; None: all
         batch: int = 12,  # cards on a page
     ):
-        if batch < 1 or not set(kinds) <= set(FINDING_KINDS): raise ValueError(f"batch={batch}, kinds={kinds}: expected at least one card, and kinds among {', '.join(FINDING_KINDS)}")
+        if batch < 1 or not set(kinds) <= set(FINDING_KINDS):
+            raise ValueError(f"batch={batch}, kinds={kinds}: expected at least one card, and kinds among {', '.join(FINDING_KINDS)}")
         if not set(labels or ()) <= set(table.classes): raise ValueError(f"labels={labels}: expected among {', '.join(table.classes)}")
         w = require("ipywidgets", "train")
         self.table, self.path, self.probs, self.batch, self.start = table, Path(expand_home(path)), probs, batch, 0
@@ -627,5 +639,6 @@ def to_html(self: FindingsReviewer) -> str:
     cards = []
     for finding, value in zip(self._shown(), self.values()):
         picture = base64.b64encode(_png(_picture(self.table, finding))).decode()
-        cards.append(f'<div style="font-size:12px"><img src="data:image/png;base64,{picture}" alt="{escape(finding.label)}"><br>{_said_html(self.table, finding, self.probs)}<br><select><option>{escape(value)}</option></select></div>')
+        cards.append(f'<div style="font-size:12px"><img src="data:image/png;base64,{picture}" alt="{escape(finding.label)}"><br>'
+                     f'{_said_html(self.table, finding, self.probs)}<br><select><option>{escape(value)}</option></select></div>')
     return f'<div style="display:grid;grid-template-columns:repeat(auto-fill,150px);gap:12px">{"".join(cards)}</div><p>{self.status.value}</p>'

@@ -120,11 +120,13 @@ def _pil_to_rgb(img, what):
     "The pixels of a PIL image, in whatever mode, as a writable uint8 [h, w, 3]"
     if img.mode.startswith('I') or img.mode == 'F':
         arr = np.asarray(img)
-        few = img.mode == 'I' and img.format != 'PNG' and 0 <= arr.min() and arr.max() <= 255 # levels of 8 bits in 32, as some programs write them; a PNG has 16
+        # levels of 8 bits in 32, as some programs write them; a PNG has 16
+        few = img.mode == 'I' and img.format != 'PNG' and 0 <= arr.min() and arr.max() <= 255
         arr = arr.astype(np.uint8) if few else _to_8bit(arr, what)
         return np.repeat(arr[..., None], 3, axis=2)
     if img.mode == 'La': img = img.convert('LA') # Pillow converts it no other way
-    if img.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in img.info: return _over_white(np.asarray(img if img.mode == 'RGBA' else img.convert('RGBA')))
+    if img.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in img.info:
+        return _over_white(np.asarray(img if img.mode == 'RGBA' else img.convert('RGBA')))
     return np.array(img if img.mode == 'RGB' else img.convert('RGB'))
 
 # %% ../nbs/00_core.ipynb #93bcefc4
@@ -185,9 +187,12 @@ def _decode(file, max_pixels, what):
     except UnidentifiedImageError:
         raise ValueError(f'{what} is not an image that Pillow can read. Expected a JPEG, PNG, WebP, GIF, TIFF or BMP file, '
                          'or another format that Pillow knows (HEIC photos of phones have to be converted); check that it is what its name says') from None
-    except Image.DecompressionBombError as e: raise ValueError(f'{what} has too many pixels, more than max_pixels={max_pixels:,} ({e}). If you trust it, pass read_image a larger max_pixels') from None
+    except Image.DecompressionBombError as e:
+        raise ValueError(f'{what} has too many pixels, more than max_pixels={max_pixels:,} ({e}). '
+                         'If you trust it, pass read_image a larger max_pixels') from None
     except broken as e: raise ValueError(f'{what} has a broken header ({e}): save or download it again') from None
-    if img.format in _PROGRAMS: raise ValueError(f'{what} is {_PROGRAMS[img.format]}, not an image but a program that draws one, and nothing is run here: save it as PNG')
+    if img.format in _PROGRAMS:
+        raise ValueError(f'{what} is {_PROGRAMS[img.format]}, not an image but a program that draws one, and nothing is run here: save it as PNG')
     _check_size(*img.size, max_pixels, what)
     try:
         with _load_locks[id(img) // 64 % len(_load_locks)]:
@@ -239,12 +244,13 @@ def expand_home(
 
 def read_image(
     source, # a path (str or Path), the bytes of an image file, a PIL image, or a uint8 array [h,w], [h,w,1], [h,w,3] (RGB) or [h,w,4] (RGBA)
-    max_pixels: int = 100_000_000, # refuse files, bytes and PIL images with more pixels than this, before decoding; arrays are in memory already and are not limited
+    max_pixels: int = 100_000_000, # refuse files, bytes and PIL images with more pixels before decoding; arrays, in memory already, are not limited
 ) -> np.ndarray: # RGB, uint8 [h, w, 3], upright
     """Read any image as an upright RGB array.
 
-    EXIF rotation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 0..255 (by what they can hold: 12 bits in a 16-bit file stay dark); of an animation
-    the first frame is taken (of an open PIL image the frame it stands at). A three-channel array is returned as it is, without a copy if it is contiguous.
+    EXIF rotation is applied; transparency is laid on white; 16-bit and float pixels are scaled to 0..255 (by what they can hold:
+    12 bits in a 16-bit file stay dark); of an animation the first frame is taken (of an open PIL image the frame it stands at).
+    A three-channel array is returned as it is, without a copy if it is contiguous.
     Arrays are RGB: what `cv2.imread` returns is BGR, so pass `image[..., ::-1]`.
 
     Raises `FileNotFoundError` for a missing file, and `ValueError` that names the source for folders, empty, damaged or oversized files,
@@ -293,8 +299,10 @@ def import_onnxruntime(): # the module `onnxruntime`
 
 def onnxruntime_errors() -> tuple: # of exception classes, for an `except`
     "What ONNX Runtime raises for a graph that it cannot open or run: they share no base class but `Exception`"
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented as Unknown, RuntimeException
-    return Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, Unknown, RuntimeException, UnicodeDecodeError # the last one about the name of a node
+    from onnxruntime.capi.onnxruntime_pybind11_state import (
+        Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented as Unknown, RuntimeException)
+    # the last one is about the name of a node
+    return Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, Unknown, RuntimeException, UnicodeDecodeError
 
 _LOCATION = re.compile(rb'(?:\n|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location') # numbers may be written longer than they need to be
 
@@ -303,13 +311,15 @@ def check_self_contained(
     path, # of that file, for the message
 ) -> None:
     "Raise a `ValueError` where a graph names other files for its weights: not every version of ONNX Runtime refuses them"
-    if b'location' in graph and _LOCATION.search(graph): raise ValueError(f'cannot open {str(path)!r}: it keeps weights in another file; they must be inside the graph')
+    if b'location' in graph and _LOCATION.search(graph):
+        raise ValueError(f'cannot open {str(path)!r}: it keeps weights in another file; they must be inside the graph')
 
 # %% ../nbs/00_core.ipynb #6fee2537
 def _check_target(path):
     "Raise unless a file may be renamed onto `path`"
     if path.is_dir(): raise ValueError(f'{str(path)!r} is a folder, expected the path of a file')
-    if path.exists() and not path.is_file(): raise ValueError(f'{str(path)!r} is a device or a pipe, expected the path of a file: a whole file would take its place')
+    if path.exists() and not path.is_file():
+        raise ValueError(f'{str(path)!r} is a device or a pipe, expected the path of a file: a whole file would take its place')
     if path.exists() and not os.access(path, os.W_OK): raise PermissionError(errno.EACCES, 'the file is write-protected', str(path))
 
 def _to_disk(path):
@@ -336,7 +346,8 @@ def write_whole(
         _to_disk(temp)
         os.replace(temp, path)
     except OSError as e:
-        if e.filename == str(temp) or e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS): e.filename = str(path)
+        if e.filename == str(temp) or e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            e.filename = str(path)
         raise
     finally: temp.unlink(missing_ok=True)
 
@@ -353,7 +364,7 @@ def read_checked(
     path, # the file to read
     sha256: str, # that it must have
 ) -> bytes: # its contents
-    "Read a file with the given SHA-256, or else the spare one with that SHA-256. Raises `FileNotFoundError` where it is missing, and `ValueError` for another SHA-256."
+    "Read a file with the given SHA-256, or else the spare one that has it. Raises `FileNotFoundError` where it is missing, `ValueError` for another SHA-256."
     path, sha256 = Path(path), str(sha256)
     spare, found = spare_path(path, sha256) if sha256.isalnum() else path, {}
     for file in (path, spare, path): # a third look, because the spare one may just have moved into place

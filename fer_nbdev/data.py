@@ -118,7 +118,8 @@ def draw_per_class(
     if not splits or len(set(splits)) < len(splits): raise ValueError(f"counts={counts}: expected at least one split, and each only once")
     rng, drawn = np.random.default_rng(seed), []
     for names, wanted in counts.items():
-        if not isinstance(wanted, (int, np.integer)) or wanted < 1: raise ValueError(f"{names}: expected a whole number of rows a class, at least 1, not {wanted!r}")
+        if not isinstance(wanted, (int, np.integer)) or wanted < 1:
+            raise ValueError(f"{names}: expected a whole number of rows a class, at least 1, not {wanted!r}")
         for i, name in enumerate(table.classes):
             rows = np.flatnonzero(np.isin(table.usage, split_names(names)) & (table.emotion == i))
             if len(rows) < wanted: raise ValueError(f"class {name!r}: {wanted:,} rows of {names} are wanted, {len(rows):,} are there")
@@ -253,7 +254,8 @@ def _parse_row(field, line, name):
 def _open_csv(path):
     "The csv behind `path` as a binary stream, decompressed on the fly."
     suffix = path.suffix.lower()
-    if path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")): raise ValueError(f"{path}: unpack it first (tar -xf), and give the csv inside")
+    if path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")):
+        raise ValueError(f"{path}: unpack it first (tar -xf), and give the csv inside")
     if suffix == ".gz": return gzip.open(path, "rb")
     if suffix == ".xz": return lzma.open(path, "rb")
     if suffix != ".zip": return open(path, "rb")
@@ -287,11 +289,12 @@ def _split_line(line, number, where, n_columns, name):
 _DAMAGED = (EOFError, RuntimeError, OSError, MemoryError, UnicodeDecodeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)  # what unpacking raises
 
 def _read_lines(f, number, path, block_bytes):
-    "Lines of a csv, about a block of them, [(number, line)] without empty ones; [] at its end. A file that unpacks to endless lines, or to nothing but empty ones, is refused."
+    "Lines of a csv, about a block of them, [(number, line)] without empty ones; [] at its end. Endless lines, or nothing but empty ones, are refused."
     lines, size = [], 0
     while size < block_bytes and (line := f.readline(_LONGEST)):
         lines.append(line); size += len(line)
-        if len(line) == _LONGEST: raise ValueError(f"{path}, line {number + len(lines)}: longer than {_LONGEST:,} bytes; expected {_N_PIXELS} pixels, a label and a split")
+        if len(line) == _LONGEST:
+            raise ValueError(f"{path}, line {number + len(lines)}: longer than {_LONGEST:,} bytes; expected {_N_PIXELS} pixels, a label and a split")
     numbered = [(i, line) for i, line in enumerate(lines, number + 1) if line.strip()]
     if lines and not numbered and size >= block_bytes: raise ValueError(f"{path}, line {number + 1}: thousands of empty lines begin here")
     return numbered, number + len(lines)
@@ -313,7 +316,8 @@ def _read_csv(path, block_bytes=4 << 20):
                 emotion += [r[0] for r in rows]
                 usage += [r[2] for r in rows]
     except _DAMAGED as e:
-        if isinstance(e, OSError) and e.filename is not None or path.suffix.lower() not in (".gz", ".xz", ".zip"): raise  # about the file itself: no permission, say
+        about_the_file = isinstance(e, OSError) and e.filename is not None  # no permission, say
+        if about_the_file or path.suffix.lower() not in (".gz", ".xz", ".zip"): raise
         raise ValueError(f"{path}: damaged or truncated archive ({e}); download it again") from e
     if not pixels: raise ValueError(f"{path}: no rows after the header")
     return np.concatenate(pixels), np.array(emotion, np.uint8), np.array(usage, np.uint8)
@@ -358,13 +362,18 @@ def _folders_in(folder): return sorted(p for p in folder.iterdir() if p.is_dir()
 
 def _check_known(folder, inside, known, what):
     "Raise ValueError for a folder whose faces would be left out without a word; runs and models may lie there."
-    if unknown := [p.name for p in inside if p.name.lower() not in known and not any((p/f).exists() for f in ("run.json", "card.json", "search.json")) and _holds_images(p)]: raise ValueError(f"{folder}: {unknown} are not {what}; expected among {', '.join(sorted(known))}")
+    if unknown := [p.name for p in inside
+                   if p.name.lower() not in known and not any((p/f).exists() for f in ("run.json", "card.json", "search.json"))
+                   and _holds_images(p)]:
+        raise ValueError(f"{folder}: {unknown} are not {what}; expected among {', '.join(sorted(known))}")
 
 def _images_in(folder):
     "The images in a class folder; ValueError for one of a kind that is not read, and for images in folders within."
     images = sorted(filter(_is_image, folder.iterdir()))
-    if other := [p.name for p in images if p.suffix.lower() in _OTHER_IMAGES]: raise ValueError(f"{folder}: {other[:3]} are not read; expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
-    if deeper := [p.name for p in _folders_in(folder) if _holds_images(p)]: raise ValueError(f"{folder}: the folders {deeper[:3]} hold images; expected all of a class in its folder")
+    if other := [p.name for p in images if p.suffix.lower() in _OTHER_IMAGES]:
+        raise ValueError(f"{folder}: {other[:3]} are not read; expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
+    if deeper := [p.name for p in _folders_in(folder) if _holds_images(p)]:
+        raise ValueError(f"{folder}: the folders {deeper[:3]} hold images; expected all of a class in its folder")
     return images
 
 # %% ../nbs/01_data.ipynb #f757db6c
@@ -373,11 +382,13 @@ def _class_folders(root):
     inside = _folders_in(root)
     splits = [d for d in inside if d.name.lower() in _USAGE_OF and _holds_images(d)]
     found = [(_USAGE_OF[d.name.lower()], p) for d in splits for p in _folders_in(d)] or [(0, d) for d in inside if d.name.lower() in _CLASS_OF]
-    if not found: raise ValueError(f"{root}: no class folders; expected train/ and test/ (or train/, val/, test/) with one folder a class: {', '.join(EMOTIONS)}")
+    if not found:
+        raise ValueError(f"{root}: no class folders; expected train/ and test/ (or train/, val/, test/) with one folder a class: {', '.join(EMOTIONS)}")
     _check_known(root, inside, _USAGE_OF if splits else _CLASS_OF, "splits" if splits else "emotions")
     for d in splits:
         _check_known(d, _folders_in(d), _CLASS_OF, "emotions")
-        if loose := [p.name for p in d.iterdir() if _is_image(p)]: raise ValueError(f"{d}: {loose[:3]} are in no class folder; expected one folder a class: {', '.join(EMOTIONS)}")
+        if loose := [p.name for p in d.iterdir() if _is_image(p)]:
+            raise ValueError(f"{d}: {loose[:3]} are in no class folder; expected one folder a class: {', '.join(EMOTIONS)}")
     return [(_CLASS_OF[d.name.lower()], usage, d) for usage, d in found]
 
 def _read_face(path):
@@ -406,7 +417,9 @@ def read_fer2013(
     Raises `FileNotFoundError` where there is nothing at `source`, and `ValueError`, naming file and line,
     for a missing column, a wrong pixel count or value, an unknown label or split, or folders without classes or images."""
     path = Path(expand_home(source))
-    if not path.exists(): raise FileNotFoundError(f"no FER2013 at {path}: expected a csv (fer2013.csv, icml_face_data.csv; also .gz, .xz, .zip) or a folder with train/ and test/")
+    if not path.exists():
+        raise FileNotFoundError(f"no FER2013 at {path}: expected a csv (fer2013.csv, icml_face_data.csv; also .gz, .xz, .zip) "
+                                "or a folder with train/ and test/")
     found = EMOTIONS
     if path.is_dir(): pixels, emotion, usage, found = _read_folders(path)
     else:

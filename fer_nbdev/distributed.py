@@ -33,7 +33,8 @@ def _check_device(device):
     "Raise ValueError for a device that torch does not know, or cannot use on this machine."
     _check_device_name(device)
     try: torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as e: raise ValueError(f"device={str(device)!r} cannot be used here: {str(e).partition(chr(10))[0][:200]}") from None
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise ValueError(f"device={str(device)!r} cannot be used here: {str(e).partition(chr(10))[0][:200]}") from None
 
 def start_ranks(
     device=None,  # cpu or cuda; None takes the GPUs where there are any
@@ -49,7 +50,8 @@ def start_ranks(
     if kind not in ("cpu", "cuda"): raise ValueError(f"device={str(device)!r}: several ranks train on cpu or cuda")
     rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if kind == "cuda":
-        if rank >= gpus: raise ValueError(f"rank {rank} of this machine has no GPU of its own: it has {gpus}; start at most as many ranks, or train with device=cpu")
+        if rank >= gpus:
+            raise ValueError(f"rank {rank} of this machine has no GPU of its own: it has {gpus}; start at most as many ranks, or train with device=cpu")
         torch.cuda.set_device(rank)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")

@@ -20,7 +20,8 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import auc, average_precision_score, classification_report, confusion_matrix, log_loss, precision_recall_curve, precision_recall_fscore_support, roc_curve
+from sklearn.metrics import (auc, average_precision_score, classification_report, confusion_matrix, log_loss,
+                             precision_recall_curve, precision_recall_fscore_support, roc_curve)
 
 from .core import EMOTIONS, check_self_contained, expand_home, import_cv2, import_onnxruntime, onnxruntime_errors
 from .faces import resize_face
@@ -34,8 +35,10 @@ def check_probs(
 ) -> np.ndarray:
     "The probabilities as float64 [n, k]. Raises `ValueError` where shapes, sums or labels do not fit."
     probs = np.asarray(probs, np.float64)
-    if probs.ndim != 2 or len(probs) != len(emotion) or not len(probs): raise ValueError(f"expected probabilities [n, k] and n labels, got {probs.shape} and {len(emotion)}")
-    if not np.allclose(probs.sum(1), 1, atol=1e-3) or probs.min() < 0: raise ValueError("probabilities must be at least 0 and sum to 1 in every row: these look like logits, put them through a softmax")
+    if probs.ndim != 2 or len(probs) != len(emotion) or not len(probs):
+        raise ValueError(f"expected probabilities [n, k] and n labels, got {probs.shape} and {len(emotion)}")
+    if not np.allclose(probs.sum(1), 1, atol=1e-3) or probs.min() < 0:
+        raise ValueError("probabilities must be at least 0 and sum to 1 in every row: these look like logits, put them through a softmax")
     k = probs.shape[1]
     if classes is not None and k != len(classes): raise ValueError(f"{k} probabilities a face, but {len(classes)} classes: {', '.join(classes)}")
     if np.min(emotion) < 0 or np.max(emotion) >= k: raise ValueError(f"labels from {np.min(emotion)} to {np.max(emotion)}: expected 0 to {k - 1}")
@@ -52,7 +55,9 @@ def calibration_error(
     emotion: np.ndarray,  # int [n], true classes
     n_bins: int = 15,  # bins of equal width in confidence
 ) -> float:
-    "Expected calibration error (ECE), 0 where confidence equals accuracy in every bin, at most 1. Raises `ValueError` for fewer than one bin, and as `check_probs` does."
+    """Expected calibration error (ECE), 0 where confidence equals accuracy in every bin, at most 1.
+
+    Raises `ValueError` for fewer than one bin, and as `check_probs` does."""
     if n_bins < 1: raise ValueError(f"n_bins={n_bins!r}: expected one bin or more")
     return float(sum(share * abs(conf - acc) for share, conf, acc in _bins(check_probs(probs, emotion), emotion, n_bins)))
 
@@ -69,7 +74,8 @@ def class_curves(
         is_it, p = emotion == i, probs[:, i]
         if is_it.all() or not is_it.any(): continue
         (fpr, tpr, _), (precision, recall, _) = roc_curve(is_it, p), precision_recall_curve(is_it, p)
-        curves[c] = dict(fpr=fpr, tpr=tpr, precision=precision, recall=recall, auc=float(auc(fpr, tpr)), average_precision=float(average_precision_score(is_it, p)))
+        curves[c] = dict(fpr=fpr, tpr=tpr, precision=precision, recall=recall,
+                         auc=float(auc(fpr, tpr)), average_precision=float(average_precision_score(is_it, p)))
     return curves
 
 # %% ../nbs/06_evaluate.ipynb #d922025c
@@ -87,11 +93,14 @@ def score(
     precision, recall, f1, support = per_class.T
     known = support + np.bincount(pred, minlength=len(classes)) > 0
     areas = {c: {a: curves[c][a] if c in curves else None for a in ("auc", "average_precision")} for c in classes}
-    return dict(n=len(pred), accuracy=float((pred == emotion).mean()), balanced_accuracy=float(recall[support > 0].mean()), top2_accuracy=float(_in_top2(probs, emotion).mean()),
-                macro_f1=float(f1[known].mean()), macro_precision=float(precision[known].mean()), macro_recall=float(recall[known].mean()), weighted_f1=float(np.average(f1, weights=support)),
+    return dict(n=len(pred), accuracy=float((pred == emotion).mean()), balanced_accuracy=float(recall[support > 0].mean()),
+                top2_accuracy=float(_in_top2(probs, emotion).mean()), macro_f1=float(f1[known].mean()),
+                macro_precision=float(precision[known].mean()), macro_recall=float(recall[known].mean()),
+                weighted_f1=float(np.average(f1, weights=support)),
                 macro_auc=float(np.mean([v["auc"] for v in curves.values()])) if curves else None,
                 log_loss=float(log_loss(emotion, probs/probs.sum(1, keepdims=True), labels=every)), ece=calibration_error(probs, emotion),
-                per_class={c: dict(precision=float(p), recall=float(r), f1=float(f), support=int(s), **areas[c]) for c, (p, r, f, s) in zip(classes, per_class)},
+                per_class={c: dict(precision=float(p), recall=float(r), f1=float(f), support=int(s), **areas[c])
+                           for c, (p, r, f, s) in zip(classes, per_class)},
                 confusion=confusion_matrix(emotion, pred, labels=every).tolist(), classes=list(classes))
 
 def face_losses(
@@ -142,7 +151,8 @@ def _statistics(probs, emotion):
         counts = np.bincount((cell[flat] + k*k*np.arange(b)[:, None]).ravel(), minlength=b*k*k).reshape(b, k, k)
         right, true, said = counts.diagonal(0, 1, 2), counts.sum(2), counts.sum(1)
         recall, f1 = right/np.maximum(true, 1), 2*right/np.maximum(true + said, 1)
-        result = right.sum(1)/m, recall.sum(1)/(true > 0).sum(1), f1.sum(1)/(true + said > 0).sum(1), (f1*true).sum(1)/m, top2[flat].mean(1), losses[flat].mean(1)
+        result = (right.sum(1)/m, recall.sum(1)/(true > 0).sum(1), f1.sum(1)/(true + said > 0).sum(1), (f1*true).sum(1)/m,
+                  top2[flat].mean(1), losses[flat].mean(1))
         return np.stack(result).reshape(len(STATISTICS), *rows.shape[:-1])
     return statistics
 
@@ -218,7 +228,9 @@ def plot_calibration(
     emotion: np.ndarray,  # int [n]
     ax=None,  # matplotlib Axes to draw into
 ):
-    "Reliability diagram: share of right answers against confidence (on the diagonal the model means what it says), and how many faces stand behind each bar. Returns the Axes."
+    """Reliability diagram: share of right answers against confidence, and how many faces stand behind each bar.
+
+    On the diagonal the model means what it says. Returns the Axes."""
     ax, bins = _new_axes(ax, 3.4, 3.2), _bins(check_probs(probs, emotion), emotion, 15)
     share, conf, acc = zip(*bins)
     ax.bar(conf, acc, width=.05, color="C0", alpha=.75, label="right answers")
@@ -235,7 +247,8 @@ def _plot_curves(curves, ax, x, y, area, title, loc):
     ax = _new_axes(ax, 4, 3.6)
     for c, v in curves.items(): ax.plot(v[x], v[y], lw=1.2, label=f"{c} {v[area]:.3f}")
     ax.set(xlim=(-.01, 1), ylim=(0, 1.01), title=title); ax.title.set_fontsize(9)
-    ax.legend(frameon=False, fontsize=7, loc=loc, title={"auc": "area"}.get(area, "average precision"), title_fontsize=7); ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=7, loc=loc, title={"auc": "area"}.get(area, "average precision"), title_fontsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 def plot_roc(
@@ -271,7 +284,8 @@ def _model_folder(file):
 def _open_model(model, classes, options):
     "What can be asked, of anything that `predict_table` takes."
     is_path = isinstance(model, (str, Path)) or hasattr(model, "__fspath__")
-    if options and not (is_path or isinstance(model, (list, tuple))): raise ValueError(f"{', '.join(options)}: only for a model that is opened here, by name or path; set it where {type(model).__name__} was made")
+    if options and not (is_path or isinstance(model, (list, tuple))):
+        raise ValueError(f"{', '.join(options)}: only for a model that is opened here, by name or path; set it where {type(model).__name__} was made")
     if hasattr(model, "get_preds") and hasattr(model, "dls"): return _open_learner(model)
     if hasattr(model, "predict_faces"):
         card = dict(getattr(model, "card", {}))
@@ -295,7 +309,8 @@ def _open_learner(learn):
         if isinstance(learn.dls.train, FERLoader): dl = table_dl(learn.dls, [FaceRow(f, vocab[0], "PrivateTest") for f in faces])
         else: dl = learn.dls.test_dl([import_cv2().imencode(".png", f)[1].tobytes() for f in faces], num_workers=0)
         with learn.no_bar(): return learn.get_preds(dl=dl)[0].numpy()
-    return _Opened(predict_faces, tuple(map(str, vocab)), dict(name=type(learn.model).__name__, arch=type(learn.model).__name__, n_params=sum(p.numel() for p in learn.model.parameters())))
+    name, n_params = type(learn.model).__name__, sum(p.numel() for p in learn.model.parameters())
+    return _Opened(predict_faces, tuple(map(str, vocab)), dict(name=name, arch=name, n_params=n_params))
 
 # %% ../nbs/06_evaluate.ipynb #b634a0e2
 def _resized(faces, size):
@@ -313,7 +328,8 @@ def _open_onnx(path, classes):
     except onnxruntime_errors() as e: raise ValueError(f"onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}") from None
     inputs = [(i.name, i.type, i.shape) for i in session.get_inputs()]
     if len(inputs) != 1 or inputs[0][1] != "tensor(uint8)" or len(inputs[0][2]) != 3 or isinstance(inputs[0][2][0], int):
-        raise ValueError(f"{str(path)!r} takes {inputs}: expected one input, uint8 faces [n, size, size] with any n. For another graph pass a function from such faces to probabilities")
+        raise ValueError(f"{str(path)!r} takes {inputs}: expected one input, uint8 faces [n, size, size] with any n. "
+                         "For another graph pass a function from such faces to probabilities")
     name, _, (_, size, _) = inputs[0]
     output = "probs" if "probs" in [o.name for o in session.get_outputs()] else session.get_outputs()[0].name
     def predict_faces(faces, bs=256):
@@ -358,7 +374,8 @@ class Evaluation:
     ) -> np.ndarray:
         "The probabilities of another evaluation, columns in the order of this one. Raises `ValueError` where its faces or classes are others."
         if not np.array_equal(self.table.pixels, other.table.pixels) or self.table.labels != other.table.labels:
-            raise ValueError(f"{other.title} has {len(other.table):,} faces, {self.title} {len(self.table):,}, and they are not the same ones: evaluate both on the same rows")
+            raise ValueError(f"{other.title} has {len(other.table):,} faces, {self.title} {len(self.table):,}, and they are not the same ones: "
+                             "evaluate both on the same rows")
         mine, theirs = self.table.classes, other.table.classes
         if set(mine) != set(theirs): raise ValueError(f"the models know different classes: {', '.join(mine)} and {', '.join(theirs)}")
         return other.probs[:, [theirs.index(c) for c in mine]]
@@ -384,7 +401,8 @@ def _find_rows(table, split):
     "The row numbers of a split; all of them for None."
     wanted = np.unique(table.usage).tolist() if split is None else split_names(split)
     rows = np.flatnonzero(np.isin(table.usage, wanted))
-    if not len(rows): raise ValueError(f"{table.source or 'the table'} has no rows of {' and '.join(wanted)}: it has {', '.join(np.unique(table.usage).tolist())}")
+    if not len(rows):
+        raise ValueError(f"{table.source or 'the table'} has no rows of {' and '.join(wanted)}: it has {', '.join(np.unique(table.usage).tolist())}")
     return rows
 
 def _score_unseen(table, rows, part, probs):
@@ -395,7 +413,8 @@ def _score_unseen(table, rows, part, probs):
     s = score(probs[~copy], part.emotion[~copy], part.classes)
     return dict(without_copies=dict(copies=int(copy.sum()), **{k: s[k] for k in ("n", *STATISTICS, "ece")}))
 
-_FACTS = "arch n_params img_size tta calibration calibrated_on best_epoch selected_on train_minutes hardware seed date commit licence recipe data".split()  # of a card
+# of a card
+_FACTS = "arch n_params img_size tta calibration calibrated_on best_epoch selected_on train_minutes hardware seed date commit licence recipe data".split()
 
 def _selected_on(card):
     "What selected the epoch; of an ensemble all that selected those of its networks. None where no card says."
@@ -411,10 +430,12 @@ def _describe(opened, name, rows, part, n_all):
     card = card | dict(selected_on=_selected_on(card), recipe=recipe.get("name"), data=data.get("source"), calibration=scaling.get("method"),
                        calibrated_on=None if scaling.get("method") == "none" else scaling.get("fitted_on"))
     loaded = [p for p, m in dict(numpy="numpy", onnxruntime="onnxruntime", torch="torch", fastai="fastai").items() if m in sys.modules]
-    return dict(model=name or card.get("name", "model"), split="+".join(dict.fromkeys(part.usage.tolist())), card={k: card[k] for k in _FACTS if card.get(k) is not None} | card.get("files", {}).get("model.onnx", {}),
+    return dict(model=name or card.get("name", "model"), split="+".join(dict.fromkeys(part.usage.tolist())),
+                card={k: card[k] for k in _FACTS if card.get(k) is not None} | card.get("files", {}).get("model.onnx", {}),
                 data=dict(source=Path(part.source).name or "table", faces=len(rows), left_out=n_all - len(rows), sha256=digest,
                           classes={c: int((part.emotion == i).sum()) for i, c in enumerate(part.classes)}),
-                date=date.today().isoformat(), versions=dict(python=python_version()) | {p: metadata.version(p) for p in ("fer_nbdev", "scikit-learn", *loaded)})
+                date=date.today().isoformat(),
+                versions=dict(python=python_version()) | {p: metadata.version(p) for p in ("fer_nbdev", "scikit-learn", *loaded)})
 
 # %% ../nbs/06_evaluate.ipynb #bb161f98
 def evaluate_model(
@@ -434,7 +455,9 @@ def evaluate_model(
     empty, where no class is shared, or where the answers are no probabilities, and what opening the model raises."""
     opened, rows = _open_model(model, tuple(classes or table.classes), options), _find_rows(table, split)
     n_all, (rows, part) = len(rows), _match(table, rows, opened.classes)
-    if not len(rows): raise ValueError(f"the model knows {', '.join(opened.classes)}; none of the {n_all:,} faces is one of them, the data has {', '.join(table.classes)}")
+    if not len(rows):
+        raise ValueError(f"the model knows {', '.join(opened.classes)}; none of the {n_all:,} faces is one of them, "
+                         f"the data has {', '.join(table.classes)}")
     probs = _predict(opened, part)
     scores = score(probs, part.emotion, part.classes) | dict(intervals=confidence_intervals(probs, part.emotion, n_resamples=n_resamples, seed=seed))
     return Evaluation(part, probs, scores | _score_unseen(table, rows, part, probs), _describe(opened, name, rows, part, n_all), rows)

@@ -46,7 +46,8 @@ def _table_loader(table):
 class FERInterpretation(ClassificationInterpretation):
     """fastai's `ClassificationInterpretation` of any model: of a table and the probabilities for its faces.
 
-    `losses` float [n] are minus the logarithm of the probability of the truth; `vocab` are the classes. Raises `ValueError` where table and probabilities do not fit."""
+    `losses` float [n] are minus the logarithm of the probability of the truth; `vocab` are the classes.
+    Raises `ValueError` where table and probabilities do not fit."""
     def __init__(self,
         table: FER2013,  # faces and true labels
         probs: np.ndarray,  # float [n, k], what a model gave for them, columns in the order of `table.classes`
@@ -76,7 +77,9 @@ def from_learner(cls: FERInterpretation,
     act: Callable | None = None,  # from the network's answers to probabilities; None takes that of the loss
 ):
     "The faces of a loader, without augmentation. Raises `ValueError` for a learner with other loaders."
-    if not isinstance(learn.dls.train, FERLoader): raise ValueError(f"a learner with {type(learn.dls.train).__name__}: expected one with loaders of fer_dls; for others there is fastai's ClassificationInterpretation")
+    if not isinstance(learn.dls.train, FERLoader):
+        raise ValueError(f"a learner with {type(learn.dls.train).__name__}: expected one with loaders of fer_dls; "
+                         "for others there is fastai's ClassificationInterpretation")
     rows, classes = list((learn.dls[ds_idx] if dl is None else dl).items), tuple(learn.dls.vocab)
     table = FER2013(np.stack([r.pixels for r in rows]), np.array([classes.index(r.emotion) for r in rows]), np.array([r.usage for r in rows]), classes)
     return cls(table, learn.get_preds(dl=table_dl(learn.dls, rows), act=act)[0].numpy())
@@ -110,8 +113,9 @@ def plot_rows(self: FERInterpretation,
     for ax, i in zip(axs.flat, rows):
         truth, answer = self.table.emotion[i], self.probs[i].argmax()
         ax.imshow(self.table.pixels[i], cmap="gray", vmin=0, vmax=255)
-        said = f"{self.table.classes[answer]} {self.probs[i, answer]:.0%}"
-        ax.set_title(said + (f"\ntrue: {self.table.classes[truth]} {self.probs[i, truth]:.0%}" if truth != answer else ""), fontsize=8, pad=3, color="0.15" if truth == answer else "#c8102e")
+        said, right = f"{self.table.classes[answer]} {self.probs[i, answer]:.0%}", truth == answer
+        if not right: said += f"\ntrue: {self.table.classes[truth]} {self.probs[i, truth]:.0%}"
+        ax.set_title(said, fontsize=8, pad=3, color="0.15" if right else "#c8102e")
     return axs
 
 # %% ../nbs/07_interpret.ipynb #c67fa253
@@ -146,7 +150,9 @@ class Network:
     ) -> torch.Tensor:
         "Logits float [n, k]. Raises `ValueError` where k is not the number of classes."
         logits = self.model(x)
-        if logits.ndim != 2 or logits.shape[1] != len(self.classes): raise ValueError(f"the network gives {tuple(logits.shape[1:])} numbers a face for {len(self.classes)} classes: name them, open_network(model, classes=...)")
+        if logits.ndim != 2 or logits.shape[1] != len(self.classes):
+            raise ValueError(f"the network gives {tuple(logits.shape[1:])} numbers a face for {len(self.classes)} classes: "
+                             "name them, open_network(model, classes=...)")
         return logits
 
 # %% ../nbs/07_interpret.ipynb #887be1cd
@@ -176,8 +182,11 @@ def open_network(
     if isinstance(source, nn.Module): return Network(source, stats or FER2013_STATS, tuple(classes), type(source).__name__)
     if isinstance(source, Learner):
         found = [t for t in source.dls.after_batch.fs if isinstance(t, Normalize)]
-        return Network(source.model, tuple(float(v.flatten()[0]) for v in (found[0].mean, found[0].std)) if found else (0., 1.), tuple(source.dls.vocab), type(source.model).__name__)
-    if not _is_run(source): raise ValueError(f"{str(source)!r}: expected the folder of a run (with best.safetensors), a learner or a PyTorch module. Models in ONNX have no gradients; occlusion_map works on them")
+        return Network(source.model, tuple(float(v.flatten()[0]) for v in (found[0].mean, found[0].std)) if found else (0., 1.),
+                       tuple(source.dls.vocab), type(source.model).__name__)
+    if not _is_run(source):
+        raise ValueError(f"{str(source)!r}: expected the folder of a run (with best.safetensors), a learner or a PyTorch module. "
+                         "Models in ONNX have no gradients; occlusion_map works on them")
     recipe, about = read_run(source)
     return Network(load_run(source), recipe.stats, tuple(about["data"]["classes"]), recipe.name)  # type: ignore[arg-type]  # a run knows its stats
 
@@ -296,7 +305,9 @@ def grad_cam(
     if not names: raise ValueError("layer=[]: expected the name of a layer, or several; None takes those that default_layers names")
     known = () if layer is None else map_layers(network, x.shape[-1])
     unknown = [n for n in names if layer is not None and n not in known]
-    if unknown: raise ValueError(f"layer {unknown[0]!r} gives no map that reaches the answer; map_layers lists those that do, such as {', '.join(difflib.get_close_matches(unknown[0], known) or list(known)[-3:])}")
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known) or list(known)[-3:]
+        raise ValueError(f"layer {unknown[0]!r} gives no map that reaches the answer; map_layers lists those that do, such as {', '.join(close)}")
     batches = [(x[i:i + bs].clone(), None if targets is None else targets[i:i + bs]) for i in range(0, len(x), bs)]
     return torch.cat([_cam(network, b, t, names, method) for b, t in batches]).cpu().numpy()
 
@@ -426,7 +437,8 @@ def plot_features(
         mine = points[np.asarray(emotion) == i]
         if not len(mine): continue
         dots = ax.scatter(*mine.T, s=max(2, min(14, 4000/len(points))), alpha=.6, lw=0)
-        ax.text(*np.median(mine, 0), c, fontsize=9, ha="center", va="center", bbox=dict(facecolor="white", edgecolor=dots.get_facecolor()[0], alpha=.8, boxstyle="round,pad=.2"))
+        box = dict(facecolor="white", edgecolor=dots.get_facecolor()[0], alpha=.8, boxstyle="round,pad=.2")
+        ax.text(*np.median(mine, 0), c, fontsize=9, ha="center", va="center", bbox=box)
     ax.set(xticks=[], yticks=[]); ax.set_title(title, fontsize=9); ax.spines[:].set_color("0.8")
     return ax
 
@@ -443,12 +455,15 @@ def plot_class_curves(
     run,  # folder of a run
     ax=None,  # matplotlib Axes to draw into
 ):
-    "Recall of each class on the validation faces after every epoch, and their mean. Returns the Axes. Raises `ValueError` for a run that did not write them down."
+    """Recall of each class on the validation faces after every epoch, and their mean. Returns the Axes.
+
+    Raises `ValueError` for a run that did not write them down."""
     rows = read_history(run)
     recall = rows[[c for c in rows if c.startswith("recall_") and c != "recall_score"]].rename(columns=lambda c: c.removeprefix("recall_"))
     if not len(recall.columns): raise ValueError(f"{run} has no recall by class in its history: it was written by an older version; train it again")
     if ax is None: _, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    for c in recall.iloc[-1].sort_values(ascending=False).index: ax.plot(recall.index, recall[c], label=f"{c} {recall[c].iloc[-1]:.0%}", lw=1.4, marker="." if len(recall) < 3 else None)
+    for c in recall.iloc[-1].sort_values(ascending=False).index:
+        ax.plot(recall.index, recall[c], label=f"{c} {recall[c].iloc[-1]:.0%}", lw=1.4, marker="." if len(recall) < 3 else None)
     ax.plot(recall.index, recall.mean(1), color="0.2", lw=2, ls=":", label=f"mean {recall.mean(1).iloc[-1]:.0%}")
     ax.set(xlabel="epoch", ylabel="recall", ylim=(0, 1)); ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5)); ax.spines[["top", "right"]].set_visible(False)
@@ -461,13 +476,15 @@ def _read_run(run):
     recipe, about = read_run(run)
     data, best = about["data"], rows[best_epoch(rows, recipe.monitor)]
     return dict(run=run.name, arch=recipe.arch, parameters=about["n_params"], epochs=len(rows), finished=about["finished"], best_epoch=best["epoch"],
-                accuracy=best.get("accuracy"), macro_f1=best.get("f1_score"), valid_loss=best["valid_loss"], minutes=round(sum(r["seconds"] for r in rows)/60, 2),
-                classes=len(data["classes"]), training_faces=data["rows"].get("Training", 0), valid=recipe.valid, data=data["sha256"][:8], seed=recipe.seed, date=about["date"])
+                accuracy=best.get("accuracy"), macro_f1=best.get("f1_score"), valid_loss=best["valid_loss"],
+                minutes=round(sum(r["seconds"] for r in rows)/60, 2), classes=len(data["classes"]), training_faces=data["rows"].get("Training", 0),
+                valid=recipe.valid, data=data["sha256"][:8], seed=recipe.seed, date=about["date"])
 
 def compare_runs(
     runs: list,  # folders of runs
 ) -> pd.DataFrame:
-    """One row a run, in the order given: network, parameters, epochs, whether it finished, the scores of its best epoch, minutes, and what it was trained and validated on.
+    """One row a run, in the order given: network, parameters, epochs, whether it finished, the scores of its best epoch, minutes,
+    and what it was trained and validated on.
 
     Raises `ValueError` without any folder, `FileNotFoundError` for one that holds no run."""
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs)

@@ -44,7 +44,8 @@ def table_rows(
     if not isinstance(table, FER2013): return list(table)
     if table.soft is None: return [FaceRow(*row) for row in zip(table.pixels, table.labels, table.usage)]
     if classes is not None and tuple(classes) != tuple(table.classes):
-        raise ValueError(f"the soft labels are shares of {tuple(table.classes)}, the DataBlock's classes are {tuple(classes)}: they must be the same, in one order")
+        raise ValueError(f"the soft labels are shares of {tuple(table.classes)}, the DataBlock's classes are {tuple(classes)}: "
+                         "they must be the same, in one order")
     return [FaceRow(*row) for row in zip(table.pixels, table.labels, table.usage, table.soft)]
 
 def row_pixels(
@@ -74,7 +75,8 @@ def check_valid(
 ):
     "What validates, with splits named as in `USAGES`. Raises `ValueError` for Training, an unknown split, and a fraction outside 0..1."
     if not isinstance(valid, str):
-        if isinstance(valid, bool) or not isinstance(valid, Real) or not 0 < float(valid) < 1: raise ValueError(f"valid={valid!r}: expected the name of a split or a fraction between 0 and 1")
+        if isinstance(valid, bool) or not isinstance(valid, Real) or not 0 < float(valid) < 1:
+            raise ValueError(f"valid={valid!r}: expected the name of a split or a fraction between 0 and 1")
         return valid
     names = split_names(valid)
     if "Training" in names: raise ValueError(f"valid={valid!r}: rows that train can't validate; a fraction such as .1 takes them out of Training")
@@ -109,8 +111,9 @@ class FERSplitter:
         rng = np.random.default_rng(self.seed)
         parts = [train[emotion[train] == e] for e in np.unique(emotion[train])] if self.stratify else [train]
         picked = np.sort(np.concatenate([rng.permutation(p)[:round(len(p)*fraction)] for p in parts]))
-        for left, task in ((len(picked), "validate"), (len(train) - len(picked), "train")):
-            if not left: raise ValueError(f"valid={fraction}: of {len(train)} Training rows this leaves none to {task} on; choose a {'larger' if task == 'validate' else 'smaller'} fraction")
+        for left, task, other in ((len(picked), "validate", "larger"), (len(train) - len(picked), "train", "smaller")):
+            if not left:
+                raise ValueError(f"valid={fraction}: of {len(train)} Training rows this leaves none to {task} on; choose a {other} fraction")
         return np.setdiff1d(train, picked).tolist(), picked.tolist()
 
 # %% ../nbs/02_loaders.ipynb #8f44bad5
@@ -175,7 +178,8 @@ def _tensors(self: FERLoader):
         rows, o2i = self.dataset.items, self.dataset.vocab.o2i
         soft = [r.soft for r in rows if r.soft is not None]
         if soft and (len(soft) < len(rows) or any(len(s) != len(o2i) for s in soft)):
-            raise ValueError(f"{len(soft):,} of {len(rows):,} rows have soft labels, of lengths {sorted({len(s) for s in soft})}: expected all or none, with {len(o2i)} classes")
+            raise ValueError(f"{len(soft):,} of {len(rows):,} rows have soft labels, of lengths {sorted({len(s) for s in soft})}: "
+                             f"expected all or none, with {len(o2i)} classes")
         pixels = torch.from_numpy(np.stack([r.pixels for r in rows]))[:, None]
         shares = torch.from_numpy(np.stack(soft)).float().to(self.device) if soft else None
         self._stacked = pixels.to(self.device), torch.tensor([o2i[r.emotion] for r in rows], device=self.device), shares
@@ -250,7 +254,8 @@ class Augment:
             if f.name == "erase" and len(v) != 2: raise ValueError(f"erase={v!r}: expected two increasing numbers between 0 and 1")
             low, high = v if f.name == "erase" else (v, v)
             limit = 180 if f.name == "rotate" else 1
-            if not 0 <= low <= high <= limit: raise ValueError(f"{f.name}={v!r}: expected {'two increasing numbers' if f.name == 'erase' else 'a number'} between 0 and {limit}")
+            if not 0 <= low <= high <= limit:
+                raise ValueError(f"{f.name}={v!r}: expected {'two increasing numbers' if f.name == 'erase' else 'a number'} between 0 and {limit}")
         if self.crop < .1: raise ValueError(f"crop={self.crop!r}: expected a number between 0.1 and 1, which is the whole face")
         object.__setattr__(self, "erase", tuple(self.erase))
 

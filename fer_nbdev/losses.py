@@ -21,7 +21,8 @@ def class_weights(
 
     Raises `ValueError` for an unknown method, a beta outside 0..1, or where no class has any face."""
     n = torch.tensor(list(counts), dtype=torch.float64)
-    if not len(n) or n.sum() <= 0 or (n < 0).any(): raise ValueError(f"counts={n.tolist()}: expected the number of faces of each class, at least one of them positive")
+    if not len(n) or n.sum() <= 0 or (n < 0).any():
+        raise ValueError(f"counts={n.tolist()}: expected the number of faces of each class, at least one of them positive")
     if method == "inverse": w = 1 / n
     elif not 0 <= beta < 1: raise ValueError(f"beta={beta!r}: expected a number of 0 or more, and below 1")
     elif method == "effective": w = (1 - beta) / (1 - beta**n)

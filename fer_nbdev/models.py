@@ -68,7 +68,9 @@ def _find_body(arch):
     "The library of an arch and the name in it. Raises `ValueError` with the names that come close."
     place, slash, name = arch.partition("/")
     if not slash: place, name = "", arch
-    if place not in _LIBRARIES: raise ValueError(f"unknown arch {arch!r}: expected a name of ours, or one that starts with {' or '.join(f'{k}/' for k in _LIBRARIES if k)}")
+    if place not in _LIBRARIES:
+        prefixes = " or ".join(f"{k}/" for k in _LIBRARIES if k)
+        raise ValueError(f"unknown arch {arch!r}: expected a name of ours, or one that starts with {prefixes}")
     library = _LIBRARIES[place]
     if library.knows(name): return library, name
     if not place: raise ValueError(f"unknown arch {arch!r}: expected one of {', '.join(list_models())}, or timm/NAME or torchvision/NAME")
@@ -184,7 +186,8 @@ class SEResBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(_conv_bn(n_in, n_out, 3, stride), nn.ReLU(inplace=True), _conv_bn(n_out, n_out))
         self.se = SEBlock(n_out) if squeeze else nn.Identity()
-        self.shortcut = nn.Identity() if stride == 1 and n_in == n_out else nn.Sequential(nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity(), _conv_bn(n_in, n_out, 1))
+        self.shortcut = nn.Identity() if stride == 1 and n_in == n_out else nn.Sequential(
+            nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity(), _conv_bn(n_in, n_out, 1))
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x): return self.act(self.shortcut(x) + self.se(self.body(x)))
@@ -278,7 +281,8 @@ def _tried(body, n_in, img_size):
     with torch.no_grad(): body.eval()(torch.zeros(1, n_in, img_size, img_size))
     return body.train()
 
-_LOADERS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_cfgs"}  # arguments by which timm loads files that we have not looked at, older versions even pickles
+# arguments by which timm loads files that we have not looked at, older versions even pickles
+_LOADERS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_cfgs"}
 
 class _Timm(_Library):
     def names(self): return require("timm", "train").list_models()
@@ -365,7 +369,8 @@ def _read_weights(path):
     if not path.is_file(): raise FileNotFoundError(f"there is no weights file {str(path)!r}")
     read, SafetensorError = require("timm.models", "train").load_state_dict, require("safetensors", "train").SafetensorError
     try: state = read(str(path), weights_only=True)
-    except (AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SafetensorError, TypeError, ValueError, pickle.UnpicklingError, struct.error) as e:
+    except (AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SafetensorError,
+            TypeError, ValueError, pickle.UnpicklingError, struct.error) as e:
         raise ValueError(f"{path.name} cannot be read as weights without running code: {str(e).split('. ')[0] or type(e).__name__}") from e
     if not state or not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError(f"{path.name} holds no weights: expected tensors by name")
     if all(k.startswith(("fit.", "body.")) for k in state): return {k.removeprefix("body."): v for k, v in state.items() if k.startswith("body.")}
@@ -424,7 +429,9 @@ def input_stats(
     arch: str,  # a name that `create_model` takes
     pretrained: bool | str | Path = False,  # as given to `create_model`
 ) -> tuple:
-    "Mean and standard deviation by which gray faces in 0..1 are to be normalised for an arch: FER2013's for random weights and networks of ours, else those of the pretrained body, averaged over its channels."
+    """Mean and standard deviation by which gray faces in 0..1 are to be normalised for an arch.
+
+    They are FER2013's for random weights and networks of ours, else those of the pretrained body, averaged over its channels."""
     library, name = _find_body(arch)
     stats = library.stats(name) if pretrained else None
     if stats: return tuple(round(sum(s)/len(s), 6) for s in stats)

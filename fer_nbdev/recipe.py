@@ -114,7 +114,8 @@ def _check_kind(field, value):
 def _check_number(name, value, kind):
     "Raise ValueError where a number is of the wrong kind or sign."
     what = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or kind is int and value != int(value): raise ValueError(f"{name}={value!r}: expected {what}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or kind is int and value != int(value):
+        raise ValueError(f"{name}={value!r}: expected {what}")
     if value < 0 or value == 0 and name in _ABOVE_ZERO or value >= 1 and name in _BELOW_ONE:
         least = "above zero" if name in _ABOVE_ZERO else "of zero or more"
         raise ValueError(f"{name}={value!r}: expected {what} {least}{' and below one' if name in _BELOW_ONE else ''}")
@@ -122,14 +123,18 @@ def _check_number(name, value, kind):
 def _check_faces(recipe):
     "Raise ValueError for statistics of pixels or weights that can't be."
     stats = recipe.stats
-    if stats is not None and not (len(stats) == 2 and all(isinstance(s, (int, float)) and isfinite(s) for s in stats) and stats[1] > 0): raise ValueError(f"stats={stats!r}: expected a mean and a standard deviation above zero")
-    if not isinstance(recipe.pretrained, (bool, str)): raise ValueError(f"pretrained={recipe.pretrained!r}: expected true, false or the path of a file with weights")
+    if stats is not None and not (len(stats) == 2 and all(isinstance(s, (int, float)) and isfinite(s) for s in stats) and stats[1] > 0):
+        raise ValueError(f"stats={stats!r}: expected a mean and a standard deviation above zero")
+    if not isinstance(recipe.pretrained, (bool, str)):
+        raise ValueError(f"pretrained={recipe.pretrained!r}: expected true, false or the path of a file with weights")
 
 def _check_keys(name, settings, known):
     "Raise ValueError where a dict holds keys that nobody reads."
     unknown = sorted(set(map(str, settings)) - set(known))
     meant = [m for u in unknown for m in get_close_matches(u, known, n=1)]
-    if unknown: raise ValueError(f"{name} has no setting {', '.join(unknown)}: {'did you mean ' + ', '.join(meant) + '? ' if meant else ''}expected {'among ' + ', '.join(known) if known else 'none'}")
+    if unknown:
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}: {'did you mean ' + ', '.join(meant) + '? ' if meant else ''}"
+                         f"expected {'among ' + ', '.join(known) if known else 'none'}")
 
 # %% ../nbs/04a_recipe.ipynb #71b625e8
 def check_recipe(
@@ -145,15 +150,20 @@ def check_recipe(
         value, kind = getattr(recipe, f.name), _kind(f)
         if kind in (int, float) and not (value is None and type(None) in get_args(f.type)): _check_number(f.name, value, kind)
     if recipe.soft_share > 1: raise ValueError(f"soft_share={recipe.soft_share!r}: expected a number from 0 to 1")
-    if recipe.freeze_epochs and recipe.pretrained is False: raise ValueError(f"freeze_epochs={recipe.freeze_epochs}: there is nothing worth freezing in a network without pretrained weights; set pretrained")
+    if recipe.freeze_epochs and recipe.pretrained is False:
+        raise ValueError(f"freeze_epochs={recipe.freeze_epochs}: there is nothing worth freezing in a network without pretrained weights; "
+                         "set pretrained")
     unknown = [c for c in recipe.classes or () if c not in EMOTIONS]
     if unknown or recipe.classes and len(recipe.classes) < 2: raise ValueError(f"classes={recipe.classes!r}: expected two or more of {', '.join(EMOTIONS)}")
     _check_faces(recipe)
     if recipe.mixup and recipe.cutmix: raise ValueError(f"mixup={recipe.mixup}, cutmix={recipe.cutmix}: both mix the faces of a batch; set one of them to 0")
-    if recipe.sampling and recipe.class_weights: raise ValueError(f"sampling={recipe.sampling}, class_weights={recipe.class_weights}: both balance the classes, and together they overcorrect; set one of them to null")
+    if recipe.sampling and recipe.class_weights:
+        raise ValueError(f"sampling={recipe.sampling}, class_weights={recipe.class_weights}: both balance the classes, "
+                         "and together they overcorrect; set one of them to null")
     _check_keys(f"schedule_args of {recipe.schedule}", recipe.schedule_args, _SCHEDULE_ARGS.get(recipe.schedule, ()))
     for k, v in recipe.schedule_args.items(): _check_number(f"schedule_args.{k}", v, int if k == "patience" else float)
-    if not 0 < recipe.schedule_args.get("factor", .1) < 1: raise ValueError(f"schedule_args.factor={recipe.schedule_args['factor']!r}: expected a number between 0 and 1")
+    if not 0 < recipe.schedule_args.get("factor", .1) < 1:
+        raise ValueError(f"schedule_args.factor={recipe.schedule_args['factor']!r}: expected a number between 0 and 1")
     create_augment(recipe.augment)
 
 # %% ../nbs/04a_recipe.ipynb #3d10145d
@@ -202,7 +212,10 @@ def _from_dict(settings, where):
     if not isinstance(settings, dict): raise ValueError(f"{where}: expected a yaml mapping with keys among {', '.join(kinds)}")
     try:
         _check_keys("a recipe", settings, kinds)
-        read: dict[str, Any] = {k: _number(v) if kinds[k] is float else {a: _number(n) for a, n in v.items()} if kinds[k] is dict and k != "arch_args" and isinstance(v, dict) else v for k, v in settings.items()}
+        read: dict[str, Any] = {
+            k: _number(v) if kinds[k] is float
+            else {a: _number(n) for a, n in v.items()} if kinds[k] is dict and k != "arch_args" and isinstance(v, dict) else v
+            for k, v in settings.items()}
         return Recipe(**read)
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
@@ -218,7 +231,8 @@ def read_recipe(
     "A recipe by name or path. Raises `ValueError` for an unknown name, key or value, `FileNotFoundError` for a missing file."
     path = Path(expand_home(source))
     if path.suffix not in (".yaml", ".yml"):
-        if str(source) not in list_recipes(): raise ValueError(f"unknown recipe {str(source)!r}: expected one of {', '.join(list_recipes())}, or the path of a .yaml file")
+        if str(source) not in list_recipes():
+            raise ValueError(f"unknown recipe {str(source)!r}: expected one of {', '.join(list_recipes())}, or the path of a .yaml file")
         path = Path(str(resources.files("fer_nbdev")))/"recipes"/f"{source}.yaml"
     elif not path.is_file(): raise FileNotFoundError(f"no recipe at {path}")
     try: settings = _read_yaml(path.read_text(encoding="utf-8"), source)

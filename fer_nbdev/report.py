@@ -104,7 +104,9 @@ def plot_misclassified(
     rows, losses = _mistakes(table, probs)
     if axs is None: axs = _axes(min(n, max(len(rows), 1)))
     axs = _draw_faces(table, probs, rows[:n], axs)
-    for ax, i in zip(axs.flat, rows[:n]): ax.text(.5, -.04, f"row {i if numbers is None else numbers[i]}, loss {losses[i]:.1f}", transform=ax.transAxes, ha="center", va="top", fontsize=6, color="0.45")
+    for ax, i in zip(axs.flat, rows[:n]):
+        said = f"row {i if numbers is None else numbers[i]}, loss {losses[i]:.1f}"
+        ax.text(.5, -.04, said, transform=ax.transAxes, ha="center", va="top", fontsize=6, color="0.45")
     if not len(rows): axs.flat[0].text(.5, .5, f"all {len(table):,} answers are right", transform=axs.flat[0].transAxes, ha="center", va="center", fontsize=9)
     return axs
 
@@ -120,7 +122,8 @@ def _svg(name, label, draw):
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     ink, line = list(_COLOURS)[-2:]
-    theme: dict[Any, Any] = {k: ink for k in ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")} | {k: line for k in ("axes.edgecolor", "xtick.color", "ytick.color")}
+    theme: dict[Any, Any] = ({k: ink for k in ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")}
+                             | {k: line for k in ("axes.edgecolor", "xtick.color", "ytick.color")})
     cycle = require("cycler", "train").cycler(color=list(_COLOURS)[:8])
     with rc_context(theme | {"axes.prop_cycle": cycle, "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
         figure, out = Figure(figsize=(3.7, 3.4), layout="constrained"), io.StringIO()
@@ -145,45 +148,60 @@ _PARTS["theme"] = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 header, main, footer { max-width: 62rem; margin: 0 auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 2rem 0 .3rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .3rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 2rem 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .3rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 p { max-width: 44rem; margin: .3rem 0 .8rem; } .soft, small, figcaption { color: var(--soft); } a { color: inherit; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; margin: .6rem 0; } footer { margin: 3rem auto 2rem; font-size: .85rem; }
 """
 
+# %% ../nbs/06b_report.ipynb #656d2eb7
 _PARTS["style"] = """
 .tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: .6rem; margin: 1rem 0; }
 .tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; } .tiles span, .tiles small { display: block; font-size: .8rem; }
 .tiles b { font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem 2.5rem; align-items: start; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; } th, td { padding: .25rem .35rem; text-align: right; border-bottom: 1px solid var(--card); } td { white-space: nowrap; } th:first-child { text-align: left; } th { font-weight: 600; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .35rem; text-align: right; border-bottom: 1px solid var(--card); }
+td { white-space: nowrap; } th:first-child { text-align: left; } th { font-weight: 600; }
 thead th { color: var(--soft); font-weight: 400; vertical-align: bottom; } caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 td.bar { background: linear-gradient(to right, var(--tint) calc(var(--v)*100%), var(--bg) 0) no-repeat 0 50% / 100% 70%; }
 .classes { table-layout: fixed; } .classes th:first-child { width: 7rem; }
-.facts th, .facts td { text-align: left; vertical-align: top; } .facts td { white-space: normal; overflow-wrap: anywhere; } .facts th { color: var(--soft); font-weight: 400; width: 9rem; }
-.matrix { table-layout: fixed; max-width: 40rem; } .matrix th:first-child { width: 5.2rem; } .matrix td { text-align: center; padding: .3rem 0; line-height: 1.2; border: 1px solid var(--bg); }
+.facts th, .facts td { text-align: left; vertical-align: top; } .facts td { white-space: normal; overflow-wrap: anywhere; }
+.facts th { color: var(--soft); font-weight: 400; width: 9rem; }
+.matrix { table-layout: fixed; max-width: 40rem; } .matrix th:first-child { width: 5.2rem; }
+.matrix td { text-align: center; padding: .3rem 0; line-height: 1.2; border: 1px solid var(--bg); }
 .matrix td { background: rgb(var(--miss) / var(--v)); } .matrix td.hit { background: rgb(var(--hit) / var(--v)); } .matrix td.dark { color: #fff; }
-.matrix thead th + th { text-align: center; padding: .35rem 0; } .matrix th span { writing-mode: vertical-rl; transform: rotate(180deg); } .matrix small { display: block; font-size: .7rem; color: inherit; opacity: .8; }
+.matrix thead th + th { text-align: center; padding: .35rem 0; } .matrix th span { writing-mode: vertical-rl; transform: rotate(180deg); }
+.matrix small { display: block; font-size: .7rem; color: inherit; opacity: .8; }
 .small { max-width: 24rem; } svg { width: 100%; height: auto; max-width: 30rem; } svg text { font-family: inherit !important; }
 .faces { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.6rem, 1fr)); gap: .9rem .6rem; } figure { margin: 0; }
-.faces img { width: 100%; height: auto; aspect-ratio: 1; border-radius: .3rem; display: block; } figcaption { font-size: .75rem; line-height: 1.35; margin-top: .2rem; overflow-wrap: anywhere; }
+.faces img { width: 100%; height: auto; aspect-ratio: 1; border-radius: .3rem; display: block; }
+figcaption { font-size: .75rem; line-height: 1.35; margin-top: .2rem; overflow-wrap: anywhere; }
 figcaption b { color: var(--right); font-weight: 600; } figcaption b.wrong { color: var(--wrong); }
-.pair { display: grid; grid-template-columns: minmax(9rem, 1fr) 2fr; gap: .4rem 1rem; align-items: center; margin: .7rem 0; } .pair img { width: 3rem; border-radius: .3rem; margin-right: .2rem; }
+.pair { display: grid; grid-template-columns: minmax(9rem, 1fr) 2fr; gap: .4rem 1rem; align-items: center; margin: .7rem 0; }
+.pair img { width: 3rem; border-radius: .3rem; margin-right: .2rem; }
 .meter { height: .4rem; background: linear-gradient(to right, rgb(var(--miss)) calc(var(--v)*100%), var(--card) 0); border-radius: .2rem; }
 @media (max-width: 40rem) { .tiles { grid-template-columns: repeat(2, 1fr); } }
-@media (max-width: 30rem) { body { font-size: 15px; } .classes th:first-child { width: 4.1rem; } .classes th + th { width: auto; } th, td { padding: .25rem .15rem; font-size: .78rem; } .matrix th:first-child { width: 4.4rem; } .pair { grid-template-columns: 1fr; } }
+@media (max-width: 30rem) {
+  body { font-size: 15px; } .classes th:first-child { width: 4.1rem; } .classes th + th { width: auto; }
+  th, td { padding: .25rem .15rem; font-size: .78rem; } .matrix th:first-child { width: 4.4rem; } .pair { grid-template-columns: 1fr; } }
 @media (max-width: 24rem) { th, td { font-size: .68rem; } .classes th:first-child { width: 3.5rem; } .matrix th:first-child { width: 3.7rem; } }
-@media print { nav { display: none; } body { font-size: 11pt; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } figure, tr, .pair, .tiles div, svg { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+@media print {
+  nav { display: none; } body { font-size: 11pt; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  figure, tr, .pair, .tiles div, svg { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 
 # %% ../nbs/06b_report.ipynb #8434f324
 _PARTS["headline"] = """
 <div class="tiles">
 {% for name, key in headline %}{% if s[key] is not none %}
-<div><span>{{ name }}</span><b>{{ s[key]|number(key) }}</b>{% if key in s.intervals %}<small>{{ s.intervals[key][0]|number(key) }} to {{ s.intervals[key][1]|number(key) }}</small>{% endif %}</div>
+<div><span>{{ name }}</span><b>{{ s[key]|number(key) }}</b>{% if key in s.intervals %}
+<small>{{ s.intervals[key][0]|number(key) }} to {{ s.intervals[key][1]|number(key) }}</small>{% endif %}</div>
 {% endif %}{% endfor %}
 </div>
 <p class="soft">Small figures: 95% bootstrap intervals, what another {{ "{:,}".format(s.n) }} faces of the same kind might have given.
-{% if s.without_copies %}{{ "{:,}".format(s.without_copies.copies) }} faces are pixel for pixel in the Training rows too; on the other {{ "{:,}".format(s.without_copies.n) }}
+{% if s.without_copies %}
+{{ "{:,}".format(s.without_copies.copies) }} faces are pixel for pixel in the Training rows too; on the other {{ "{:,}".format(s.without_copies.n) }}
 the accuracy is {{ s.without_copies.accuracy|number("accuracy") }} and the macro F1 {{ s.without_copies.macro_f1|number("macro_f1") }}.{% endif %}
 {{ caveat }}</p>
 """
@@ -198,8 +216,8 @@ _PARTS["about"] = """
 </div>
 """
 
-_HEADLINE = [("Accuracy", "accuracy"), ("Macro F1", "macro_f1"), ("Balanced accuracy", "balanced_accuracy"), ("Weighted F1", "weighted_f1"), ("Top-2 accuracy", "top2_accuracy"),
-             ("Macro ROC area", "macro_auc"), ("Log loss", "log_loss"), ("Calibration error", "ece")]
+_HEADLINE = [("Accuracy", "accuracy"), ("Macro F1", "macro_f1"), ("Balanced accuracy", "balanced_accuracy"), ("Weighted F1", "weighted_f1"),
+             ("Top-2 accuracy", "top2_accuracy"), ("Macro ROC area", "macro_auc"), ("Log loss", "log_loss"), ("Calibration error", "ece")]
 
 # %% ../nbs/06b_report.ipynb #c2dc4b11
 _PARTS["classes"] = """
@@ -207,7 +225,9 @@ _PARTS["classes"] = """
 <thead><tr><th>class</th><th>faces</th><th>precision</th><th>recall</th><th>F1</th><th>ROC area</th><th>PR area</th></tr></thead>
 {% for c, v in s.per_class.items() %}
 <tr><th>{{ c }}</th><td>{{ "{:,}".format(v.support) }}</td>
-{% for x in (v.precision, v.recall, v.f1, v.auc, v.average_precision) %}{% if x is none %}<td>–</td>{% else %}<td class="bar" style="--v:{{ "%.3f"|format(x) }}">{{ "%.3f"|format(x) }}</td>{% endif %}{% endfor %}</tr>
+{% for x in (v.precision, v.recall, v.f1, v.auc, v.average_precision) %}
+{% if x is none %}<td>–</td>{% else %}<td class="bar" style="--v:{{ "%.3f"|format(x) }}">{{ "%.3f"|format(x) }}</td>{% endif %}
+{% endfor %}</tr>
 {% endfor %}
 </table>
 """
@@ -218,7 +238,8 @@ _PARTS["confusion"] = """
 {% for row in s.confusion %}{% set truth = loop.index0 %}{% set n = row|sum %}
 <tr><th>{{ s.classes[truth] }}</th>
 {% for count in row %}{% set rate = count/n if n else 0 %}
-<td class="{{ "hit" if loop.index0 == truth }}{{ " dark" if loop.index0 == truth and rate > 0.8 }}" style="--v:{{ "%.3f"|format(rate) }}">{{ "%.0f%%"|format(100*rate) }}<small>{{ "{:,}".format(count) }}</small></td>
+<td class="{{ "hit" if loop.index0 == truth }}{{ " dark" if loop.index0 == truth and rate > 0.8 }}"
+  style="--v:{{ "%.3f"|format(rate) }}">{{ "%.0f%%"|format(100*rate) }}<small>{{ "{:,}".format(count) }}</small></td>
 {% endfor %}</tr>
 {% endfor %}
 </table>
@@ -226,8 +247,12 @@ _PARTS["confusion"] = """
 
 _PARTS["confused"] = """
 {% for truth, said, count, share, faces in pairs %}
-<div class="pair"><div>{{ truth }} called <b>{{ said }}</b><br><small>{{ "{:,}".format(count) }} faces, {{ "%.0f%%"|format(100*share) }} of {{ truth }}</small><div class="meter" style="--v:{{ "%.3f"|format(share) }}"></div></div>
-<div>{% for f in faces %}<img src="{{ f.src }}" width="48" height="48" alt="{{ f.truth }} called {{ f.said }} with {{ f.p }}" title="row {{ f.row }}: {{ f.said }} {{ f.p }}">{% endfor %}</div></div>
+<div class="pair"><div>{{ truth }} called <b>{{ said }}</b><br>
+<small>{{ "{:,}".format(count) }} faces, {{ "%.0f%%"|format(100*share) }} of {{ truth }}</small>
+<div class="meter" style="--v:{{ "%.3f"|format(share) }}"></div></div>
+<div>{% for f in faces %}
+<img src="{{ f.src }}" width="48" height="48"
+  alt="{{ f.truth }} called {{ f.said }} with {{ f.p }}" title="row {{ f.row }}: {{ f.said }} {{ f.p }}">{% endfor %}</div></div>
 {% else %}<p>No answer was wrong.</p>{% endfor %}
 """
 
@@ -236,19 +261,27 @@ _PARTS["macros"] = """
 {% macro fact(name, value) %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>{% endmacro %}
 {% macro gallery(faces, nothing) %}
 {% if faces %}<div class="faces">{% for f in faces %}
-<figure><img src="{{ f.src }}" width="48" height="48" alt="a face, row {{ f.row }}"><figcaption><b class="{{ "wrong" if f.wrong }}">{{ f.said }} {{ f.p }}</b><br>{% if f.wrong %}true: {{ f.truth }} {{ f.p_truth }}<br>{% endif %}row {{ f.row }}</figcaption></figure>
+<figure><img src="{{ f.src }}" width="48" height="48" alt="a face, row {{ f.row }}">
+<figcaption><b class="{{ "wrong" if f.wrong }}">{{ f.said }} {{ f.p }}</b><br>{% if f.wrong %}
+true: {{ f.truth }} {{ f.p_truth }}<br>{% endif %}row {{ f.row }}</figcaption></figure>
 {% endfor %}</div>{% else %}<p>{{ nothing }}</p>{% endif %}
 {% endmacro %}
 """
 
 _PARTS["comparison"] = """
-<p>{{ a.model }} (first) and {{ other }} (second), asked about the same faces. Where both are right, or both wrong, nothing is learnt about which is better. {{ "{:,}".format(c.only_first) }} faces only the first got right, {{ "{:,}".format(c.only_second) }} only the second.
+<p>{{ a.model }} (first) and {{ other }} (second), asked about the same faces.
+Where both are right, or both wrong, nothing is learnt about which is better.
+{{ "{:,}".format(c.only_first) }} faces only the first got right, {{ "{:,}".format(c.only_second) }} only the second.
 If neither were better, a split at least this uneven would occur with probability {{ "%.2g"|format(c.p_value) }} (McNemar's exact test).</p>
 <table class="small"><caption>The same {{ "{:,}".format(c.n) }} faces</caption><thead><tr><th></th><th>second right</th><th>second wrong</th></tr></thead>
-<tr><th>first right</th><td>{{ "{:,}".format(c.both_right) }}</td><td>{{ "{:,}".format(c.only_first) }}</td></tr><tr><th>first wrong</th><td>{{ "{:,}".format(c.only_second) }}</td><td>{{ "{:,}".format(c.both_wrong) }}</td></tr></table>
-<br><table><caption>First, second, difference and its 95% interval</caption><thead><tr><th></th><th>first</th><th>second</th><th>difference</th><th>from</th><th>to</th></tr></thead>
+<tr><th>first right</th><td>{{ "{:,}".format(c.both_right) }}</td><td>{{ "{:,}".format(c.only_first) }}</td></tr>
+<tr><th>first wrong</th><td>{{ "{:,}".format(c.only_second) }}</td><td>{{ "{:,}".format(c.both_wrong) }}</td></tr></table>
+<br><table><caption>First, second, difference and its 95% interval</caption>
+<thead><tr><th></th><th>first</th><th>second</th><th>difference</th><th>from</th><th>to</th></tr></thead>
 {% for name, key in headline if key in c.difference %}
-<tr><th>{{ name }}</th><td>{{ s[key]|number(key) }}</td><td>{{ (s[key] - c.difference[key])|number(key) }}</td><td>{{ c.difference[key]|number(key, "+") }}</td><td>{{ c.intervals[key][0]|number(key, "+") }}</td><td>{{ c.intervals[key][1]|number(key, "+") }}</td></tr>
+<tr><th>{{ name }}</th><td>{{ s[key]|number(key) }}</td><td>{{ (s[key] - c.difference[key])|number(key) }}</td>
+<td>{{ c.difference[key]|number(key, "+") }}</td>
+<td>{{ c.intervals[key][0]|number(key, "+") }}</td><td>{{ c.intervals[key][1]|number(key, "+") }}</td></tr>
 {% endfor %}</table>
 <h3>Only the first is right; what the second said</h3>{{ gallery(only_first, "No such face.") }}
 <h3>Only the second is right; what the first said</h3>{{ gallery(only_second, "No such face.") }}
@@ -259,28 +292,43 @@ _PARTS["page"] = """
 {% from "macros" import fact, gallery %}
 {% macro section(id, title) %}<section id="{{ id }}"><h2>{{ title }}</h2>{{ caller() }}</section>{% endmacro %}
 <!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{{ title }}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{{ title }}</title>
 <style>{% include "theme" %}{% include "style" %}</style></head>
-<body><header><h1>{{ title }}</h1><p class="soft">{{ "{:,}".format(s.n) }} faces of {{ a.data.source }}, {{ s.classes|length }} classes, evaluated on {{ a.date }}.</p>
+<body><header><h1>{{ title }}</h1>
+<p class="soft">{{ "{:,}".format(s.n) }} faces of {{ a.data.source }}, {{ s.classes|length }} classes, evaluated on {{ a.date }}.</p>
 <nav>{% for id, name in contents if id != "comparison" or c %}<a href="#{{ id }}">{{ name }}</a>{% endfor %}</nav></header>
 <main>
 {% include "headline" %}
 {% call section("about", "What was evaluated") %}{% include "about" %}{% endcall %}
-{% call section("classes", "Class by class") %}<p>Precision: of the faces called so, the share that is. Recall: of the faces that are, the share that was found. F1 is their harmonic mean. The areas are those under the curves below; PR area is the average precision.</p>{% include "classes" %}{% endcall %}
-{% call section("confusion", "Confusion matrix") %}<p>Of the faces of each true class, a row, the share that got each answer, and their number below it.</p>{% include "confusion" %}{% endcall %}
-{% call section("confused", "Most confused pairs") %}<p>The wrong answers given most often, with the faces on which they were given most surely.</p>{% include "confused" %}{% endcall %}
-{% call section("curves", "Curves") %}<p>Each class against the rest, over all thresholds. ROC: the share of the class that is found, for the share of other faces that is called so too. Precision-recall: of those called so, the share that is.</p><div class="two">{{ roc }}{{ precision_recall }}</div>{% endcall %}
-{% call section("calibration", "Reliability") %}<div class="two">{{ reliability }}<div><p>A model that means what it says is right on 80% of the faces that it is 80% sure of: its bars end on the diagonal. Bars below it are overconfidence.</p>
-<p>The expected calibration error, the mean distance, is {{ s.ece|number("ece") }}. The temperature that would suit these faces best is {{ "%.2f"|format(temperature) }}: {{ "the model could be surer of itself" if temperature < 0.98 else "the model is too sure of itself" if temperature > 1.02 else "the probabilities are about as sure as they should be" }}.</p></div></div>{% endcall %}
-{% call section("mistakes", "Worst mistakes") %}<p>The wrong answers with the highest loss: sure, and wrong. Look here for wrong labels and for pictures that show no face.</p>{{ gallery(mistakes, "No answer was wrong.") }}{% endcall %}
+{% call section("classes", "Class by class") %}
+<p>Precision: of the faces called so, the share that is. Recall: of the faces that are, the share that was found.
+F1 is their harmonic mean. The areas are those under the curves below; PR area is the average precision.</p>{% include "classes" %}{% endcall %}
+{% call section("confusion", "Confusion matrix") %}
+<p>Of the faces of each true class, a row, the share that got each answer, and their number below it.</p>{% include "confusion" %}{% endcall %}
+{% call section("confused", "Most confused pairs") %}
+<p>The wrong answers given most often, with the faces on which they were given most surely.</p>{% include "confused" %}{% endcall %}
+{% call section("curves", "Curves") %}
+<p>Each class against the rest, over all thresholds. ROC: the share of the class that is found, for the share of other faces
+that is called so too. Precision-recall: of those called so, the share that is.</p><div class="two">{{ roc }}{{ precision_recall }}</div>{% endcall %}
+{% call section("calibration", "Reliability") %}
+<div class="two">{{ reliability }}<div><p>A model that means what it says is right on 80% of the faces that it is 80% sure of:
+its bars end on the diagonal. Bars below it are overconfidence.</p>
+<p>The expected calibration error, the mean distance, is {{ s.ece|number("ece") }}.
+The temperature that would suit these faces best is {{ "%.2f"|format(temperature) }}:
+{{ "the model could be surer of itself" if temperature < 0.98 else "the model is too sure of itself" if temperature > 1.02
+   else "the probabilities are about as sure as they should be" }}.</p></div></div>{% endcall %}
+{% call section("mistakes", "Worst mistakes") %}
+<p>The wrong answers with the highest loss: sure, and wrong.
+Look here for wrong labels and for pictures that show no face.</p>{{ gallery(mistakes, "No answer was wrong.") }}{% endcall %}
 {% call section("answers", "Answers drawn at random") %}<p>What to expect of a face that nobody picked.</p>{{ gallery(answers, "") }}{% endcall %}
 {% if c %}{% call section("comparison", "Comparison with " ~ other) %}{% include "comparison" %}{% endcall %}{% endif %}
 </main>
 <footer class="soft">Rows count from 0 in the data. Written by fer_nbdev {{ a.versions.fer_nbdev }}.</footer></body></html>
 """
 
-_CONTENTS = [("about", "What was evaluated"), ("classes", "Classes"), ("confusion", "Confusion"), ("confused", "Pairs"), ("curves", "Curves"), ("calibration", "Reliability"),
-             ("mistakes", "Mistakes"), ("answers", "Answers"), ("comparison", "Comparison")]
+_CONTENTS = [("about", "What was evaluated"), ("classes", "Classes"), ("confusion", "Confusion"), ("confused", "Pairs"), ("curves", "Curves"),
+             ("calibration", "Reliability"), ("mistakes", "Mistakes"), ("answers", "Answers"), ("comparison", "Comparison")]
 
 # %% ../nbs/06b_report.ipynb #ea9d6ec6
 def _splits(names):
@@ -300,7 +348,9 @@ def _number(x, key, sign=""):
     "A score as people write it: shares in percent, the log loss as it is."
     return f"{100*x:{sign}.1f}%" if "accuracy" in key else f"{x:{sign}.3f}"
 
-def _words(key): return dict(n_params="parameters", img_size="face size in pixels", selected_on="epoch selected on", calibrated_on="calibrated on", data="trained on", date="trained", sha256="sha256 of the file").get(key, key.replace("_", " "))
+def _words(key):
+    return dict(n_params="parameters", img_size="face size in pixels", selected_on="epoch selected on", calibrated_on="calibrated on",
+                data="trained on", date="trained", sha256="sha256 of the file").get(key, key.replace("_", " "))
 
 def _fact(x): return f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
 
@@ -342,10 +392,14 @@ def report_html(
     env.filters |= dict(number=_number, words=_words, fact=_fact)
     curves, safe = class_curves(e.probs, y, e.table.classes), jinja.utils.markupsafe.Markup
     def draw(plot, name, label, *args): return safe(_svg(name, f"{label} of {len(curves)} classes", lambda ax: plot(*args, ax=ax)))
-    page = dict(title=e.title, a=e.about, s=dict(without_copies=None) | e.scores, headline=_HEADLINE, contents=_CONTENTS, c=None, other=other and other.about["model"],
-                caveat=_caveat(e.about), pairs=_pairs(e), mistakes=_faces(e, _mistakes(e.table, e.probs)[0][:n_faces]), answers=_faces(e, np.sort(rng.permutation(len(y))[:n_faces])),
-                roc=draw(plot_roc, "roc", "ROC curves", curves) if curves else "", precision_recall=draw(plot_precision_recall, "pr", "precision-recall curves", curves) if curves else "",
-                reliability=draw(plot_calibration, "reliability", "reliability diagram", e.probs, y), temperature=fit_temperature(np.log(np.clip(e.probs, 1e-12, 1)), y))
+    page = dict(title=e.title, a=e.about, s=dict(without_copies=None) | e.scores, headline=_HEADLINE, contents=_CONTENTS,
+                c=None, other=other and other.about["model"], caveat=_caveat(e.about), pairs=_pairs(e),
+                mistakes=_faces(e, _mistakes(e.table, e.probs)[0][:n_faces]),
+                answers=_faces(e, np.sort(rng.permutation(len(y))[:n_faces])),
+                roc=draw(plot_roc, "roc", "ROC curves", curves) if curves else "",
+                precision_recall=draw(plot_precision_recall, "pr", "precision-recall curves", curves) if curves else "",
+                reliability=draw(plot_calibration, "reliability", "reliability diagram", e.probs, y),
+                temperature=fit_temperature(np.log(np.clip(e.probs, 1e-12, 1)), y))
     if second is not None: page |= _compared(e, second, n_faces, rng)
     return env.get_template("page").render(page).strip() + "\n"
 
@@ -396,7 +450,8 @@ def write_report(
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in e.scores.items() if isinstance(v, (int, float)))
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out, prefix=".report-") as folder:  # drawing takes a second; until all is there the old report stays
-        for name, text in {"scores.json": json.dumps(result, indent=1), "report.txt": f"{e.title}\n{numbers}\n\n{report_text(e.scores)}", "report.html": html}.items():
+        texts = {"scores.json": json.dumps(result, indent=1), "report.txt": f"{e.title}\n{numbers}\n\n{report_text(e.scores)}", "report.html": html}
+        for name, text in texts.items():
             with write_whole(Path(folder)/name) as tmp: tmp.write_text(text, encoding="utf-8")
         _write_predictions(Path(folder)/"predictions.csv", e)
         _draw_pictures(Path(folder), e)

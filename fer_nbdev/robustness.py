@@ -54,7 +54,9 @@ def _fade(faces, factor, rng):
 def _rotate(faces, degrees, rng):
     cv2, n, side = import_cv2(), len(faces), faces.shape[1]
     middle, sign = ((side - 1)/2, (side - 1)/2), rng.choice((-1, 1), n)
-    return _each(lambda f, s: cv2.warpAffine(f, cv2.getRotationMatrix2D(middle, float(s*degrees), 1), (side, side), borderMode=cv2.BORDER_REPLICATE), faces, sign)
+    def turn(face, s):
+        return cv2.warpAffine(face, cv2.getRotationMatrix2D(middle, float(s*degrees), 1), (side, side), borderMode=cv2.BORDER_REPLICATE)
+    return _each(turn, faces, sign)
 
 def _shift(faces, pixels, rng):
     d, side = round(pixels*_scale(faces)), faces.shape[1]
@@ -104,7 +106,8 @@ def corrupt(
     faces = check_faces(faces)
     if not isinstance(corruption, Corruption): corruption, = _find_corruptions([corruption]).values()
     n = len(corruption.strengths)
-    if not isinstance(severity, (int, np.integer)) or severity not in range(n + 1): raise ValueError(f"severity={severity!r}: expected a whole number from 0 (as it is) to {n}")
+    if not isinstance(severity, (int, np.integer)) or severity not in range(n + 1):
+        raise ValueError(f"severity={severity!r}: expected a whole number from 0 (as it is) to {n}")
     if severity == 0 or not len(faces): return faces.copy()
     return corruption.apply(faces, corruption.strengths[severity - 1], np.random.default_rng(seed))
 
@@ -135,7 +138,9 @@ class Robustness:
     corruptions: dict  # `Corruption` by name
     seed: int = 0  # of `corrupt`
 
-    def __repr__(self): return f"Robustness({self.clean.title}: {len(self.clean.table):,} faces, accuracy {self.clean.scores['accuracy']:.1%} as they are, {len(self.probs)} settings of {', '.join(self.corruptions)})"
+    def __repr__(self):
+        return (f"Robustness({self.clean.title}: {len(self.clean.table):,} faces, accuracy {self.clean.scores['accuracy']:.1%} as they are, "
+                f"{len(self.probs)} settings of {', '.join(self.corruptions)})")
 
 @patch
 def at(self: Robustness,
@@ -143,7 +148,8 @@ def at(self: Robustness,
     severity: int,  # from 1 on
 ) -> Evaluation:
     "The damaged faces and their answers. Raises `ValueError` for a setting that was not asked."
-    if (corruption, severity) not in self.probs: raise ValueError(f"{corruption!r} of severity {severity!r} was not asked: expected {', '.join(self.corruptions)}, from 1 on")
+    if (corruption, severity) not in self.probs:
+        raise ValueError(f"{corruption!r} of severity {severity!r} was not asked: expected {', '.join(self.corruptions)}, from 1 on")
     c, probs, emotion = self.corruptions[corruption], self.probs[corruption, severity].astype(np.float64), self.clean.table.emotion
     table = replace(self.clean.table, pixels=corrupt(self.clean.table.pixels, c, severity, self.seed))
     scores = score(probs, emotion, table.classes) | dict(intervals=confidence_intervals(probs, emotion))
@@ -163,7 +169,9 @@ def evaluate_robustness(
     progress: Callable = iter,  # goes over the list of settings while they are asked: `tqdm`, say
     **options,  # of `Predictor`, for a model that is given by name or path: tta, threads, providers
 ) -> Robustness:
-    "Ask a model about a split as it is and under every corruption at every severity. Raises what `evaluate_model` raises, and `ValueError` for an unknown corruption."
+    """Ask a model about a split as it is and under every corruption at every severity.
+
+    Raises what `evaluate_model` raises, and `ValueError` for an unknown corruption."""
     found = _find_corruptions(corruptions)
     clean = evaluate_model(model, table, split, classes=classes, name=name, **options)
     def ask(c, severity):
@@ -177,7 +185,8 @@ def evaluate_robustness(
 def _line(probs, clean, emotion, classes):
     "The scores of one setting."
     s, probs = score(probs, emotion, classes), np.asarray(probs)
-    return {k: s[k] for k in ("n", "accuracy", "macro_f1", "log_loss", "ece")} | dict(confidence=float(probs.max(1).mean()), changed=float((probs.argmax(1) != clean.argmax(1)).mean()))
+    confidence, changed = float(probs.max(1).mean()), float((probs.argmax(1) != clean.argmax(1)).mean())
+    return {k: s[k] for k in ("n", "accuracy", "macro_f1", "log_loss", "ece")} | dict(confidence=confidence, changed=changed)
 
 @patch
 def to_pandas(self: Robustness) -> pd.DataFrame:
@@ -187,7 +196,8 @@ def to_pandas(self: Robustness) -> pd.DataFrame:
     rows = [of | dict(corruption="none", severity=0, strength=0., unit="") | _line(clean, clean, t.emotion, t.classes)]
     for (name, severity), probs in self.probs.items():
         c = self.corruptions[name]
-        rows.append(of | dict(corruption=name, severity=severity, strength=float(c.strengths[severity - 1]), unit=c.unit) | _line(probs, clean, t.emotion, t.classes))
+        setting = dict(corruption=name, severity=severity, strength=float(c.strengths[severity - 1]), unit=c.unit)
+        rows.append(of | setting | _line(probs, clean, t.emotion, t.classes))
     return pd.DataFrame(rows)
 
 @patch
@@ -232,11 +242,12 @@ def plot_robustness(
     for ax, name in zip(axs.flat, names):
         mine = rows[rows.corruption.isin(["none", name])].sort_values("severity")
         for i, (model, line) in enumerate(mine.groupby("model", sort=False)):
-            for metric, style in zip(metrics, ("-", "--", ":", "-.")): ax.plot(line.severity, line[metric], style, color=f"C{i}", marker="o", ms=3, lw=1.3, label=f"{model}: {metric}")
+            for metric, style in zip(metrics, ("-", "--", ":", "-.")):
+                ax.plot(line.severity, line[metric], style, color=f"C{i}", marker="o", ms=3, lw=1.3, label=f"{model}: {metric}")
         ticks = mine[mine.severity > 0].drop_duplicates("severity")
         ax.set_xticks([0, *ticks.severity], ["as is", *(f"{s:g}" for s in ticks.strength)], fontsize=7)
-        ax.set_title(name, fontsize=9); ax.set_xlabel(ticks.unit.iloc[0], fontsize=7); ax.tick_params(axis="y", labelsize=7); ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", lw=.4, alpha=.6)
+        ax.set_title(name, fontsize=9); ax.set_xlabel(ticks.unit.iloc[0], fontsize=7); ax.tick_params(axis="y", labelsize=7)
+        ax.spines[["top", "right"]].set_visible(False); ax.grid(axis="y", lw=.4, alpha=.6)
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return axs
 
@@ -261,7 +272,8 @@ def accuracy_by_agreement(
     def line(m):
         clear = m & (2*most > total)
         return dict(faces=int(m.sum()), accuracy=(answer == truth)[m].mean(), confidence=evaluation.probs.max(1)[m].mean(), ferplus_faces=int(clear.sum()),
-                    ferplus_accuracy=(answer == said)[clear].mean() if clear.any() else np.nan, label_accuracy=(truth == said)[clear].mean() if clear.any() else np.nan)
+                    ferplus_accuracy=(answer == said)[clear].mean() if clear.any() else np.nan,
+                    label_accuracy=(truth == said)[clear].mean() if clear.any() else np.nan)
     groups = {int(v): most == v for v in np.unique(most)[::-1]} | dict(all=np.full(len(most), True))
     return pd.DataFrame([line(m) for m in groups.values()], index=pd.Index(groups, name="votes"))
 
@@ -276,7 +288,8 @@ def plot_agreement(
     rows = frame[[v != "all" for v in frame.index]]
     x, enough = np.array([int(v) for v in rows.index]), (rows.faces >= min_faces).to_numpy()
     ax.bar(x, rows.faces/rows.faces.sum(), color="0.85", label="share of the faces")
-    for column, style, label in (("accuracy", "C0o-", "right by FER2013's label"), ("confidence", "C0o--", "confidence"), ("ferplus_accuracy", "C1o-", "right by FER+'s majority"), ("label_accuracy", "C7o:", "FER2013's label itself, by FER+")):
+    for column, style, label in (("accuracy", "C0o-", "right by FER2013's label"), ("confidence", "C0o--", "confidence"),
+                                 ("ferplus_accuracy", "C1o-", "right by FER+'s majority"), ("label_accuracy", "C7o:", "FER2013's label itself, by FER+")):
         ax.plot(x[enough], rows[column][enough], style, ms=3.5, lw=1.3, label=label)
     ax.set(xlabel="voters of ten who chose the commonest emotion", ylabel="share", xticks=x, ylim=(0, 1.02)); ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=7)
@@ -290,10 +303,13 @@ def accuracy_by_group(
     n_resamples: int = 2000,  # draws for the intervals
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:
-    """A row for each group, one for the faces without a group (None or NaN) if there are any, and one for all: faces, accuracy, low and high (its 95% bootstrap interval), confidence (its mean), and with `emotion`
-    called_wrongly, the share of the faces of other classes that are given it. Raises `ValueError` where there is not one value a face, and for an unknown class."""
+    """A row for each group, one for the faces without a group (None or NaN) if there are any, and one for all: faces, accuracy,
+    low and high (its 95% bootstrap interval), confidence (its mean), and with `emotion` called_wrongly, the share of the faces
+    of other classes that are given it. Raises `ValueError` where there is not one value a face, and for an unknown class."""
     groups, t, probs = np.array(groups, object), evaluation.table, evaluation.probs
-    if groups.shape != (len(t),): raise ValueError(f"groups of shape {groups.shape} for {len(t):,} faces: expected one value a face; `evaluation.rows` says where the faces stand in the table")
+    if groups.shape != (len(t),):
+        raise ValueError(f"groups of shape {groups.shape} for {len(t):,} faces: expected one value a face; "
+                         "`evaluation.rows` says where the faces stand in the table")
     if emotion is not None and emotion not in t.classes: raise ValueError(f"unknown class {emotion!r}: expected one of {', '.join(t.classes)}")
     answer = probs.argmax(1)
     def line(m):

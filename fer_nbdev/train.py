@@ -33,7 +33,8 @@ from fastcore.foundation import L
 from sklearn.metrics import f1_score, precision_score, recall_score
 from sklearn.model_selection import StratifiedKFold
 
-from .callbacks import BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights
+from .callbacks import (BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs,
+                                 best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights)
 from .core import expand_home, write_whole
 from .data import FER2013, draw_per_class, select_classes
 from .distill import Distill, describe_teachers, open_teachers
@@ -86,7 +87,8 @@ def _create_optimizer(recipe):
     opt, m = OPTIMIZERS[recipe.optimizer], recipe.momentum
     if not isinstance(opt, type): return partial(opt, mom=m)  # fastai's own
     named = dict(sgd=dict(momentum=m, nesterov=m > 0), rmsprop=dict(momentum=m), adagrad={}).get(recipe.optimizer, dict(betas=(m, .999)))
-    if recipe.optimizer in ("sgd", "adam", "adamw") and not recipe.freeze_epochs: named["fused"] = True  # one pass over the weights; that of SGD fails where some begin later
+    # one pass over the weights; that of SGD fails where some begin later
+    if recipe.optimizer in ("sgd", "adam", "adamw") and not recipe.freeze_epochs: named["fused"] = True
     return partial(OptimWrapper, opt=opt, **named)
 
 def _create_schedule(recipe, lr, steps):
@@ -102,7 +104,7 @@ def schedule_cbs(
     recipe: Recipe,  # schedule, learning rates, epochs
     steps: int,  # batches of an epoch
 ) -> list:
-    "The callbacks that set the learning rates. While the head learns alone they rise; the schedule proper follows with half of them, as in fastai's `fine_tune`."
+    "Callbacks that set the learning rates. While the head learns alone they rise; the schedule proper follows with half of them, as in fastai's `fine_tune`."
     lr, n, frozen = group_lrs(recipe), recipe.epochs, recipe.freeze_epochs
     if recipe.schedule == "plateau": return [Plateau(recipe.lr, recipe.monitor, **recipe.schedule_args)]
     schedule = _create_schedule(recipe, lr/2 if frozen else lr, n*steps)
@@ -118,7 +120,9 @@ def _check_window(model, recipe):
     try:
         with torch.no_grad(): model.eval()(torch.zeros(1, 1, side, side))
         model.train()
-    except (AssertionError, RuntimeError): raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set another share, 1 for whole faces, or a network that takes every size, such as se_resnet") from None
+    except (AssertionError, RuntimeError):
+        raise ValueError(f"augment.crop={crop}: {recipe.arch} does not take faces of {side} pixels; set another share, 1 for whole faces, "
+                         "or a network that takes every size, such as se_resnet") from None
 
 # %% ../nbs/05_train.ipynb #a6f9ddef
 def _metrics():
@@ -148,8 +152,10 @@ def fer_learner(
     Raises `ValueError` where a recipe with teachers meets faces with votes, where one that shares the target between label and votes or teachers has neither,
     where the network cannot take the windows that a recipe trains on, and where there are too few faces for a batch."""
     if recipe.teachers and dls.train.soft is not None: raise ValueError("votes and teachers are both soft targets: train with one of them")
-    if recipe.soft_share < 1 and not recipe.teachers and dls.train.soft is None: raise ValueError(f"soft_share={recipe.soft_share}, and there is nothing beside the labels: give votes or teachers, or set soft_share=1")
-    if not len(dls.train): raise ValueError(f"bs={recipe.bs}: only whole batches train, and there are {dls.train.n} Training faces; set bs to {dls.train.n} or less")
+    if recipe.soft_share < 1 and not recipe.teachers and dls.train.soft is None:
+        raise ValueError(f"soft_share={recipe.soft_share}, and there is nothing beside the labels: give votes or teachers, or set soft_share=1")
+    if not len(dls.train):
+        raise ValueError(f"bs={recipe.bs}: only whole batches train, and there are {dls.train.n} Training faces; set bs to {dls.train.n} or less")
     set_seed(recipe.seed)
     model = create_model(recipe.arch, dls.c, recipe.n_in, recipe.img_size, recipe.pretrained, **recipe.arch_args)
     counts = np.bincount(dls.train.stacked[1].cpu(), minlength=dls.c)
@@ -189,7 +195,8 @@ def _describe_machine(device):
     name = platform.processor() or platform.machine()
     if torch.device(device).type == "cuda": name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists(): name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    return dict(hardware=f"{name}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}" if torch.device(device).type == "cpu" else name, commit=_commit() or f"v{__version__}",
+    return dict(hardware=f"{name}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}" if torch.device(device).type == "cpu" else name,
+                commit=_commit() or f"v{__version__}",
                 versions={m.__name__: m.__version__ for m in (torch, np)} | dict(fer_nbdev=__version__, python=platform.python_version()))
 
 # %% ../nbs/05_train.ipynb #bb6d76d1
@@ -208,8 +215,11 @@ def _check_same(out, recipe, data, teachers):
     _, before = read_run(out)
     ours = plain_recipe(_from_dict(before["recipe"], out/"run.json"))
     changed = [k for k, v in plain_recipe(recipe).items() if v != ours[k]]
-    if changed: raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it without a recipe, or with the recipe.yaml that it wrote; or choose another folder")
-    if before.get("teachers", []) != teachers: raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
+    if changed:
+        raise ValueError(f"{out} was started with another recipe ({', '.join(changed)} differ): resume it without a recipe, "
+                         "or with the recipe.yaml that it wrote; or choose another folder")
+    if before.get("teachers", []) != teachers:
+        raise ValueError(f"{out} was started with other teachers: a model under {', '.join(recipe.teachers)} has changed since")
     if before["data"]["sha256"] != data["sha256"]: raise ValueError(f"{out} was started on other data ({before['data']['source']}, {before['data']['rows']})")
 
 def _has_weights(out):
@@ -274,7 +284,8 @@ class TrimMemory(Callback):
 def _run_cbs(recipe, out, rows, progress, track, about):
     "The callbacks that write a run down."
     ema = EMA(recipe.ema) if recipe.ema else None
-    cbs = [*L(ema), TrimMemory(), History(out, rows, verbose=not rank_distrib() and not (progress and "ipykernel" in sys.modules)), Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
+    cbs = [*L(ema), TrimMemory(), History(out, rows, verbose=not rank_distrib() and not (progress and "ipykernel" in sys.modules)),
+           Curves(out, recipe.monitor, show=progress), Checkpoint(out, ema, recipe.monitor)]
     if recipe.patience: cbs.append(EarlyStop(recipe.patience, recipe.monitor))
     if track and not rank_distrib(): cbs.append(create_tracker(track, out, about))
     return cbs
@@ -304,9 +315,11 @@ def train(
     checkpoint = from_rank0(_read_checkpoint, out, recipe, data, teachers)
     if progress is None: progress = sys.stderr.isatty() or "ipykernel" in sys.modules
     progress = progress and not rank_distrib()
-    dls = fer_dls(table, recipe.bs, recipe.valid, create_augment(recipe.augment), recipe.stats, recipe.seed, device, recipe.sampling)  # type: ignore[arg-type]  # stats are known by now
+    dls = fer_dls(table, recipe.bs, recipe.valid, create_augment(recipe.augment), recipe.stats,  # type: ignore[arg-type]  # stats are known by now
+                  recipe.seed, device, recipe.sampling)
     learn = fer_learner(dls, recipe)
-    about = dict(recipe=plain_recipe(recipe), data=data, teachers=teachers, date=date.today().isoformat(), n_params=count_parameters(learn.model), ranks=max(1, num_distrib()), **_describe_machine(dls.device))
+    about = dict(recipe=plain_recipe(recipe), data=data, teachers=teachers, date=date.today().isoformat(),
+                 n_params=count_parameters(learn.model), ranks=max(1, num_distrib()), **_describe_machine(dls.device))
     learn.add_cbs(run_cbs := _run_cbs(recipe, out, checkpoint[1] if checkpoint else (), progress, track, about) + L(cbs))
     if not progress: learn.remove_cb(ProgressCallback); learn.logger = noop
     if checkpoint: _restore(learn, checkpoint)
@@ -395,7 +408,8 @@ def cross_validate(
 
     Raises `ValueError` where a class has fewer Training faces than folds, or where `out` holds a cross-validation and `resume` is not given."""
     out, rows = Path(expand_home(out)), []
-    prepared = replace(recipe, valid="PublicTest", classes=None, per_class=None, soft_share=recipe.soft_share if table.soft is None else 1.)  # `prepare_table` has done its part by then
+    # `prepare_table` has done its part by then
+    prepared = replace(recipe, valid="PublicTest", classes=None, per_class=None, soft_share=recipe.soft_share if table.soft is None else 1.)
     for i, fold in enumerate(fold_tables(prepare_table(recipe, table), k, recipe.seed)):
         train(prepared, fold, out/f"fold_{i}", resume, **kwargs)
         history = from_rank0(_read_json, out/f"fold_{i}"/"history.json")

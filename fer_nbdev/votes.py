@@ -71,7 +71,9 @@ def _check_rows(table, ferplus):
     "Raise ValueError where the rows of a table and of FER+ cannot be the same."
     if len(table) != len(ferplus): raise ValueError(f"the table has {len(table):,} rows, FER+ {len(ferplus):,}: join them before rows are selected")
     other = np.flatnonzero(table.usage != ferplus.usage)
-    if len(other): raise ValueError(f"row {other[0]} is {table.usage[other[0]]} in the table and {ferplus.usage[other[0]]} in FER+: the table must be in the order of the challenge csv")
+    if len(other):
+        raise ValueError(f"row {other[0]} is {table.usage[other[0]]} in the table and {ferplus.usage[other[0]]} in FER+: "
+                         "the table must be in the order of the challenge csv")
 
 # %% ../nbs/01a_votes.ipynb #f8c311de
 def translate_votes(
