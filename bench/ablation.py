@@ -29,20 +29,25 @@ NO_FACE, VOTED = "pictures without a face out", "the label that most voters give
 VARIANTS = {
     "faces": {NO_FACE: [], VOTED: [], "enlarged to 64 pixels": ["img_size=64"]},
     "size": {"half the width": ["arch_args.widths=[16, 32, 32]"], "1.5 times the width": ["arch_args.widths=[48, 96, 96]"],
-             "twice the width": ["arch_args.widths=[64, 128, 128]"], "a block less": ["arch_args.blocks=[1, 1, 1]"], "two blocks more": ["arch_args.blocks=[2, 2, 2]"]},
-    "architecture": {"squeeze-and-excitation, full resolution": ["arch=se_resnet", "arch_args={stem: 16, stem_depth: 1, widths: [32, 64, 64], blocks: [1, 2, 1], dropout: 0.1}"],
+             "twice the width": ["arch_args.widths=[64, 128, 128]"],
+             "a block less": ["arch_args.blocks=[1, 1, 1]"], "two blocks more": ["arch_args.blocks=[2, 2, 2]"]},
+    "architecture": {"squeeze-and-excitation, full resolution":
+                         ["arch=se_resnet", "arch_args={stem: 16, stem_depth: 1, widths: [32, 64, 64], blocks: [1, 2, 1], dropout: 0.1}"],
                      "no dropout": ["arch_args.dropout=0"], "dropout .3": ["arch_args.dropout=0.3"]},
-    "augmentation": {"no augmentation": ["augment=null"], "flip alone": ["augment={p_flip: 0.5, p_affine: 0, p_light: 0, p_erase: 0}"], "no flip": ["augment.p_flip=0"],
-                     "no shift": ["augment.shift=0"], "no rotation": ["augment.rotate=0"], "rotation 20": ["augment.rotate=20"], "no light": ["augment.p_light=0"],
-                     "no erasing": ["augment.p_erase=0"], "erasing .6": ["augment.p_erase=0.6"], "scale .2, shift .1": ["augment.scale=0.2", "augment.shift=0.1"],
+    "augmentation": {"no augmentation": ["augment=null"], "flip alone": ["augment={p_flip: 0.5, p_affine: 0, p_light: 0, p_erase: 0}"],
+                     "no flip": ["augment.p_flip=0"], "no shift": ["augment.shift=0"],
+                     "no rotation": ["augment.rotate=0"], "rotation 20": ["augment.rotate=20"],
+                     "no light": ["augment.p_light=0"], "no erasing": ["augment.p_erase=0"], "erasing .6": ["augment.p_erase=0.6"],
+                     "scale .2, shift .1": ["augment.scale=0.2", "augment.shift=0.1"],
                      "windows of 40 pixels": ["augment.crop=0.83"], "windows of 44 pixels": ["augment.crop=0.92"]},
     "mixing": {"mixup .2": ["mixup=0.2"], "cutmix 1": ["cutmix=1"]},
     "loss": {"no smoothing": ["label_smoothing=0"], "smoothing .2": ["label_smoothing=0.2"], "no class weights": ["class_weights=null"],
              "inverse class weights": ["class_weights=inverse"], "focal": ["loss=focal", "label_smoothing=0"]},
     "targets": {"label alone": FREE, **{how: [f"soft_share={share}", *FREE] for how, share in VOTES.items()},
                 "taught by accurate": ["teachers=[accurate]", *FREE], "half taught by accurate": ["teachers=[accurate]", "soft_share=0.5", *FREE]},
-    "optimiser": {"peak .04": ["lr=0.04"], "peak .16": ["lr=0.16"], "decay 1e-4": ["wd=1e-4"], "decay 2e-3": ["wd=2e-3"], "AdamW 2e-3": ["optimizer=adamw", "lr=2e-3", "wd=0.05"],
-                  "batch 64": ["bs=64"], "batch 256": ["bs=256"], "no averaged weights": ["ema=0"], "cosine": ["schedule=cosine"], "sharpness-aware .05": ["sam=0.05"]},
+    "optimiser": {"peak .04": ["lr=0.04"], "peak .16": ["lr=0.16"], "decay 1e-4": ["wd=1e-4"], "decay 2e-3": ["wd=2e-3"],
+                  "AdamW 2e-3": ["optimizer=adamw", "lr=2e-3", "wd=0.05"], "batch 64": ["bs=64"], "batch 256": ["bs=256"],
+                  "no averaged weights": ["ema=0"], "cosine": ["schedule=cosine"], "sharpness-aware .05": ["sam=0.05"]},
     "epochs": {"8 epochs": ["epochs=8"], "32 epochs": ["epochs=32"], "64 epochs": ["epochs=64"]}}
 EXAMPLES = """examples:
   python bench/ablation.py --runs runs/ablation                                                       collect what is there
@@ -113,7 +118,7 @@ def summarise(found):
 
 
 def noise_of(spread, seeds):
-    "How far from the mean of some seeds one more run of the same recipe lies in 19 of 20 cases (Student's t: few seeds know their spread badly); None of one seed."
+    "How far from the mean of some seeds one more run lies in 19 of 20 cases (Student's t: few seeds know their spread badly); None of one seed."
     from scipy.stats import t
     return float(t.ppf(.975, seeds - 1)) * spread * (1 + 1 / seeds) ** .5 if seeds > 1 else None
 
@@ -127,8 +132,9 @@ def answer_of(base, rows, planned):
         return f"base {base['accuracy']:.1%} on PublicTest, with one seed: nothing says yet what a difference means{trained}"
     out = sorted((r for r in rows if abs(r["gain"]) > base["noise"]), key=lambda r: -abs(r["gain"]))
     told = ", ".join(f"{r['variant']} {100 * r['gain']:+.1f}" for r in out) or "none"
-    return (f"base {base['accuracy']:.1%} ± {base['spread']['accuracy']:.1%} over {base['seeds']} seeds on PublicTest; 19 of 20 runs that change nothing would lie within "
-            f"{100 * base['noise']:.1f} points of it; outside lie {told}; the other {len(rows) - len(out)} are not told apart from it{trained}")
+    return (f"base {base['accuracy']:.1%} ± {base['spread']['accuracy']:.1%} over {base['seeds']} seeds on PublicTest; "
+            f"19 of 20 runs that change nothing would lie within {100 * base['noise']:.1f} points of it; outside lie {told}; "
+            f"the other {len(rows) - len(out)} are not told apart from it{trained}")
 
 
 def parse_args():
@@ -136,7 +142,8 @@ def parse_args():
     parser.add_argument("--runs", type=Path, required=True, metavar="FOLDER", help="where the runs are")
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders (default: drawn faces)")
     parser.add_argument("--votes", type=Path, metavar="CSV", help="fer2013new.csv of FER+ (default: the variants that need votes are left out)")
-    parser.add_argument("--train", nargs="*", metavar="NAME", help=f"train these first, groups or single variants; groups: {', '.join([BASE, *VARIANTS])} (default: all)")
+    parser.add_argument("--train", nargs="*", metavar="NAME",
+                        help=f"train these first, groups or single variants; groups: {', '.join([BASE, *VARIANTS])} (default: all)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of the base (default: {EPOCHS})")
     parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where ablation.json is written (default: bench/results)")
     args = parser.parse_args()
@@ -169,8 +176,9 @@ def main():
     base, rows = summarise(found)
     args.out.mkdir(parents=True, exist_ok=True)
     planned = sum(map(len, VARIANTS.values()))
-    report("ablation", {"base": base, "epochs": args.epochs, "planned": planned, "variants": rows, "runs": found}, question="What makes a network better on FER2013?",
-           answer=answer_of(base, rows, planned), command="python bench/ablation.py --runs runs/ablation --data fer2013.csv --votes fer2013new.csv --train")
+    report("ablation", {"base": base, "epochs": args.epochs, "planned": planned, "variants": rows, "runs": found},
+           question="What makes a network better on FER2013?", answer=answer_of(base, rows, planned),
+           command="python bench/ablation.py --runs runs/ablation --data fer2013.csv --votes fer2013new.csv --train")
 
 
 if __name__ == "__main__":

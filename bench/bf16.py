@@ -64,7 +64,8 @@ def main():
                   f"{rate['fp32 channels_last']:.0f} in fp32 channels_last and {rate['fp32']:.0f} in fp32: "
                   f"bf16 channels_last is {ratio['bf16 channels_last']:.1f} times as fast as fp32")
     else:
-        answer = f"this machine has no bf16 instructions, so recipes train in fp32 here: on {rate['fp32 channels_last']:.0f} faces a second with channels_last, {rate['fp32']:.0f} without"
+        answer = (f"this machine has no bf16 instructions, so recipes train in fp32 here: "
+                  f"on {rate['fp32 channels_last']:.0f} faces a second with channels_last, {rate['fp32']:.0f} without")
     report("bf16",
            {"images_per_second": {k: round(v, 1) for k, v in rate.items()}, "times_fp32": {k: round(v, 2) for k, v in ratio.items()},
             "has_bf16": able, "steps": args.steps, "rounds": args.rounds,

@@ -100,7 +100,8 @@ def time_models(names, rounds):
         for _ in range(rounds):
             for name, predictor in predictors.items():
                 took[name].append(measure_latency(predictor.predict_faces, n=200))
-    return {name: {k: round(statistics.median(t[k] for t in of), 4) for k in ("single_ms", "batch_ms")} | {"batch": of[0]["batch"]} for name, of in took.items()}
+    return {name: {k: round(statistics.median(t[k] for t in of), 4) for k in ("single_ms", "batch_ms")} | {"batch": of[0]["batch"]}
+            for name, of in took.items()}
 
 
 def changed_settings(recipe, known):
@@ -138,7 +139,8 @@ def retrain_commands(name, card):
 def account(m):
     "Of the figures of a model those that its card does not hold yet."
     def few(scores):
-        return {k: scores[k] if isinstance(scores[k], int) else round(scores[k], 5) for k in ("copies", "n", "accuracy", "macro_f1", "log_loss", "ece", "label_agrees") if k in scores}
+        return {k: scores[k] if isinstance(scores[k], int) else round(scores[k], 5)
+                for k in ("copies", "n", "accuracy", "macro_f1", "log_loss", "ece", "label_agrees") if k in scores}
     splits = {split: {"uncalibrated": few(of["uncalibrated"]), "ten_views": few(of["ten"]), "without_copies": few(of["one"]["without_copies"]),
                       "without_near_copies": few(of["without_near_copies"])} for split, of in m["scores"].items()}
     return {"flops": m["cost"]["flops"], "splits": splits, "ferplus": m["ferplus"] and few(m["ferplus"])}
@@ -167,9 +169,11 @@ def made_of(card):
 
 
 def answer_of(models):
-    return "; ".join(f"`{name}` {m['scores']['PrivateTest']['one']['accuracy']:.1%} on PrivateTest ({m['scores']['PrivateTest']['ten']['accuracy']:.1%} over ten views), "
-                     f"calibration error {m['scores']['PrivateTest']['one']['ece']:.3f}, {m['cost']['single_ms']:.2f} ms a face, {m['cost']['bytes'] / 1e6:.1f} MB"
-                     for name, m in models.items())
+    def told(name, m):
+        one, ten = (m["scores"]["PrivateTest"][views] for views in ("one", "ten"))
+        return (f"`{name}` {one['accuracy']:.1%} on PrivateTest ({ten['accuracy']:.1%} over ten views), calibration error {one['ece']:.3f}, "
+                f"{m['cost']['single_ms']:.2f} ms a face, {m['cost']['bytes'] / 1e6:.1f} MB")
+    return "; ".join(told(name, m) for name, m in models.items())
 
 
 def parse_args():

@@ -209,7 +209,8 @@ def main():
     for run in args.run:
         found["faithful"].append(faithful(run, args.data, args))
         print(found["faithful"][-1], flush=True)
-    report("class_maps", found, data=args.data and Path(args.data).name, shares=SHARES, arguments={k: v for k, v in vars(args).items() if k in ("faces", "asked", "occluded")})
+    report("class_maps", found, data=args.data and Path(args.data).name, shares=SHARES,
+           arguments={k: v for k, v in vars(args).items() if k in ("faces", "asked", "occluded")})
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def copies_of(table, found):
     bands = {f"{low:.2f}": (near.similarity >= low) & (near.similarity < high) for low, high in zip(edges, edges[1:])}
     return {"exact": counts(find_duplicates(table)), "all": counts(near), "pairs": len(near.pairs), "mirrored_pairs": int(near.mirrored.sum()),
             "largest_group": max(map(len, near.groups), default=0),
-            "pairs_by_similarity": {low: {"plain": int((band & ~near.mirrored).sum()), "mirrored": int((band & near.mirrored).sum())} for low, band in bands.items()},
+            "pairs_by_similarity": {low: {"plain": int((band & ~near.mirrored).sum()), "mirrored": int((band & near.mirrored).sum())}
+                                    for low, band in bands.items()},
             "seconds": round(float(found["clock"]), 1), "cpu_seconds": round(float(found["cpu"]), 1)}
 
 
@@ -107,7 +108,8 @@ def planted_copies(table, near, folder, n, thin):
     right = near.first[origin[pairs[:, 0]]] == near.first[origin[pairs[:, 1]]]
     have = set(map(tuple, pairs.tolist()))
     hit = np.array([(s, r) in have for s, r in zip(truth.source, truth.row)])
-    return {"copies": n, "rows": len(rows), "recall": float(hit.mean()), "pairs": len(pairs), "wrong_pairs": int((~right).sum()), "precision": float(right.mean()),
+    return {"copies": n, "rows": len(rows), "recall": float(hit.mean()),
+            "pairs": len(pairs), "wrong_pairs": int((~right).sum()), "precision": float(right.mean()),
             "recall_by_kind": {k: float(hit[truth.kind == k].mean()) for k in COPY_KINDS}}
 
 
@@ -292,8 +294,10 @@ def answer(results):
     arms = {name: arm["gain"]["PrivateTest"] for name, arm in results["judges"][judge]["effect"]["arms"].items() if "gain" in arm}
     def points(kind): return ", ".join(f"{name} {100 * sum(g[kind]) / len(g[kind]):+.1f}" for name, g in arms.items() if kind in g)
     by_votes = f"; on the majority of FER+ {points('ferplus')}, whose voters corrected the labels of the last" if points("ferplus") else ""
-    return (f"{c['all']['rows']:,} rows show a picture that an earlier row shows, {c['exact']['rows']:,} of them byte for byte; {c['all']['leaks']['PrivateTest in Training']:,} PrivateTest faces are in Training. "
-            f"Planted copies are found with recall {p['recall']:.3f}, precision {p['precision']:.3f}. What Training rows without the faults bring ({judge}), in points on unseen PrivateTest faces: {points('unseen')}{by_votes}")
+    return (f"{c['all']['rows']:,} rows show a picture that an earlier row shows, {c['exact']['rows']:,} of them byte for byte; "
+            f"{c['all']['leaks']['PrivateTest in Training']:,} PrivateTest faces are in Training. "
+            f"Planted copies are found with recall {p['recall']:.3f}, precision {p['precision']:.3f}. "
+            f"What Training rows without the faults bring ({judge}), in points on unseen PrivateTest faces: {points('unseen')}{by_votes}")
 
 
 def parse_args():
@@ -339,7 +343,8 @@ def main():
     options = {"--data": args.data, "--ferplus": args.ferplus, "--yunet": args.yunet}
     report("clean", results, question="What is wrong with the labels and faces of FER2013, and what does cleaning do to the score?", answer=answer(results),
            data={"source": args.data.name if args.data else table.source, "faces": len(table), "ferplus": votes is not None},
-           command=" ".join(["python bench/clean.py", *(f"{k} {path.name}" for k, path in options.items() if path), "--runs runs/clean", *["--train"] * args.train, *[f"--thin {args.thin}"] * (args.thin > 1)]))
+           command=" ".join(["python bench/clean.py", *(f"{k} {path.name}" for k, path in options.items() if path), "--runs runs/clean",
+                             *["--train"] * args.train, *[f"--thin {args.thin}"] * (args.thin > 1)]))
 
 
 if __name__ == "__main__":

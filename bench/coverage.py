@@ -103,12 +103,16 @@ def main():
     if not args.only:
         totals = found["totals"]
         share = totals["covered_lines"] / totals["num_statements"]
-        least = min(modules, key=lambda name: modules[name]["summary"]["percent_covered"])
+        parts = {name: f["summary"] for name, f in modules.items()}
+        least = min(parts, key=lambda name: parts[name]["percent_covered"])
+        tests = closing.strip("= ")
         report("coverage", {
-            "tests": closing.strip("= "), "share": round(share, 4), "lines": totals["num_statements"],
-            "modules": {name: {"share": round(f["summary"]["covered_lines"] / max(1, f["summary"]["num_statements"]), 4), "lines": f["summary"]["num_statements"]} for name, f in modules.items()},
+            "tests": tests, "share": round(share, 4), "lines": totals["num_statements"],
+            "modules": {name: {"share": round(part["covered_lines"] / max(1, part["num_statements"]), 4), "lines": part["num_statements"]}
+                        for name, part in parts.items()},
         }, question="Which lines of the package do its tests and notebooks run?", command="python bench/coverage.py",
-           answer=f"{share:.1%} of {totals['num_statements']:,} lines of code (90% were asked for), least in `{least}`, {modules[least]['summary']['percent_covered']:.0f}%; tests: {closing.strip('= ').partition(' in ')[0]}")
+           answer=f"{share:.1%} of {totals['num_statements']:,} lines of code (90% were asked for), "
+                  f"least in `{least}`, {parts[least]['percent_covered']:.0f}%; tests: {tests.partition(' in ')[0]}")
 
 
 if __name__ == "__main__":

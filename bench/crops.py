@@ -118,7 +118,8 @@ def final(detector, faces, labels, classifier):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="FER2013: its csv or class folders")
-    parser.add_argument("--yunet", type=Path, metavar="FILE", help="a YuNet model (default: the one that find_yunet() finds; without one only Haar is measured)")
+    parser.add_argument("--yunet", type=Path, metavar="FILE",
+                        help="a YuNet model (default: the one that find_yunet() finds; without one only Haar is measured)")
     parser.add_argument("--faces", type=int, default=1500, metavar="N", help="PublicTest faces to choose on (default: %(default)s)")
     parser.add_argument("--tilted", type=int, default=400, metavar="N", help="PublicTest faces to tilt (default: %(default)s)")
     parser.add_argument("--private", type=int, metavar="N", help="PrivateTest faces to report (default: all)")
@@ -149,7 +150,8 @@ def main():
         results["tilts"] = turning(model, public.pixels[:args.tilted], public.emotion[:args.tilted], classifier)
     for name, detector in detectors.items():
         results["private"][name] = final(detector, private.pixels[:args.private], private.emotion[:args.private], classifier)
-    figures = [f"{name} finds {r['found']:.1%} of the faces and is right on {r['crop']['accuracy']:.1%} of those, {r['found'] * r['crop']['accuracy']:.1%} of all; FER2013's own frame is right on {r['own_frame']['accuracy']:.1%} of those"
+    figures = [f"{name} finds {r['found']:.1%} of the faces and is right on {r['crop']['accuracy']:.1%} of those, "
+               f"{r['found'] * r['crop']['accuracy']:.1%} of all; FER2013's own frame is right on {r['own_frame']['accuracy']:.1%} of those"
                for name, r in results["private"].items()]
     report("crops", results, question="What accuracy is left when the face has to be found first?", answer="on PrivateTest, enlarged: " + "; ".join(figures),
            data={"source": args.data.name}, model="accurate", yunet=model.name if model else None,

@@ -152,14 +152,17 @@ def end_to_end(detectors, repeats):
 def answer_of(times):
     "The milliseconds of the portrait, what was asked for where that was missed, and whether it was kept."
     within = {name: row["all"]["median"] <= LIMITS[name] for name, row in times.items()}
-    told = [f"{row['all']['median']:.1f} ms with {dict(haar='Haar', yunet='YuNet')[name]}" + ("" if within[name] else f", where at most {LIMITS[name]} were asked for") for name, row in reversed(times.items())]
+    told = [f"{row['all']['median']:.1f} ms with {dict(haar='Haar', yunet='YuNet')[name]}"
+            + ("" if within[name] else f", where at most {LIMITS[name]} were asked for")
+            for name, row in reversed(times.items())]
     return "; ".join(told), all(within.values())
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; without it the portrait's face is pasted")
-    parser.add_argument("--yunet", type=Path, metavar="FILE", help="a YuNet model (default: the one that find_yunet() finds; without one only Haar is measured)")
+    parser.add_argument("--yunet", type=Path, metavar="FILE",
+                        help="a YuNet model (default: the one that find_yunet() finds; without one only Haar is measured)")
     parser.add_argument("--photos", type=Path, metavar="FOLDER", help="more pictures without a face")
     parser.add_argument("--scenes", type=int, default=40, metavar="N", help="pictures with ten small faces, and as many with one large (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=50, metavar="N", help="how often the portrait is predicted (default: %(default)s)")
@@ -192,7 +195,8 @@ def main():
             print(name, file=sys.stderr)
             rows[name] = count(partial(detect_faces, detector=detectors[name.split()[0]], **settings), scenes, pictures)
     answer, within = answer_of(times)
-    report("detect", {"portrait_ms": times, "within_limits": within, "settings": rows, "faces": sum(len(p) for _, p in scenes), "face_free_pictures": len(pictures)},
+    report("detect", {"portrait_ms": times, "within_limits": within, "settings": rows,
+                      "faces": sum(len(p) for _, p in scenes), "face_free_pictures": len(pictures)},
            question="How long from a photo of 512 x 600 pixels to its predictions, everything included?", answer=answer,
            data={"source": args.data.name if args.data else "sample_portrait", "photos": args.photos.name if args.photos else None},
            yunet=model.name if model else None, threads={"opencv": cv2.getNumThreads()},

@@ -96,8 +96,9 @@ def run_one(args):
     costs = {"gradients": exchange(n, device), "two floats": exchange(2, device)} if num_distrib() > 1 else {}
     if not rank_distrib():
         norms = sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in learn.model.modules())
-        print(json.dumps({"seconds": seconds, "exchange": costs, "bs": recipe.bs, "parameters": n, "norms": norms, "flops_an_image": flops(learn.model), "arch": recipe.arch,
-                          "bf16": any(isinstance(cb, BF16) for cb in learn.cbs), "faces": len(found), "source": Path(found.source).name}))
+        print(json.dumps({"seconds": seconds, "exchange": costs, "bs": recipe.bs, "parameters": n, "norms": norms,
+                          "flops_an_image": flops(learn.model), "arch": recipe.arch, "bf16": any(isinstance(cb, BF16) for cb in learn.cbs),
+                          "faces": len(found), "source": Path(found.source).name}))
 
 
 def flops(model):
@@ -135,11 +136,13 @@ def estimate(about, seconds, costs, args):
     for where, a in {"cores like this one, measured": here, "GPUs, assumed": gpu}.items():
         for batch in (bs, 8 * bs):
             one, eight = (step_of(k, batch, a["seconds_an_image"], n, messages, a["gb_per_s"], a["seconds_a_message"]) for k in (1, 8))
-            rows.append({"where": where, "bs": batch, "seconds_a_step_1": round(one, 6), "seconds_a_step_8": round(eight, 6), "speed_up_8": round(one / eight, 2),
-                         "seconds_an_epoch_8": round(28709 // batch * eight, 2)})
-    assumed = {"gpu_tflops_reached": args.gpu_tflops, "gpu_gb_per_s": args.gpu_gb_per_s, "gpu_seconds_a_message": args.gpu_us * 1e-6, "messages_a_step": messages,
-               "gradient_bytes": 4 * n, "training_flops_an_image": "3 times those of the forward pass, as PyTorch counts them",
-               "formula": "bs/n * image + 2(n-1)/n * gradient_bytes/bandwidth + messages * latency; nothing overlaps, and the loader, the optimiser and the launch of GPU kernels cost nothing",
+            rows.append({"where": where, "bs": batch, "seconds_a_step_1": round(one, 6), "seconds_a_step_8": round(eight, 6),
+                         "speed_up_8": round(one / eight, 2), "seconds_an_epoch_8": round(28709 // batch * eight, 2)})
+    assumed = {"gpu_tflops_reached": args.gpu_tflops, "gpu_gb_per_s": args.gpu_gb_per_s, "gpu_seconds_a_message": args.gpu_us * 1e-6,
+               "messages_a_step": messages, "gradient_bytes": 4 * n,
+               "training_flops_an_image": "3 times those of the forward pass, as PyTorch counts them",
+               "formula": "bs/n * image + 2(n-1)/n * gradient_bytes/bandwidth + messages * latency; "
+                          "nothing overlaps, and the loader, the optimiser and the launch of GPU kernels cost nothing",
                "faces_an_epoch": 28709, "here": here, "gpu": gpu}
     return {"assumptions": assumed, "rows": rows}
 
@@ -152,7 +155,8 @@ def parse_args():
     parser.add_argument("--bs", type=int, metavar="N", help="another global batch size than the recipe's; even")
     parser.add_argument("--steps", type=int, default=16, metavar="N", help="steps of each measurement (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="rounds; the medians are reported (default: %(default)s)")
-    parser.add_argument("--gpu-tflops", type=float, default=20., metavar="X", help="assumed: what one GPU reaches on this network, in TFLOP/s (default: %(default)s)")
+    parser.add_argument("--gpu-tflops", type=float, default=20., metavar="X",
+                        help="assumed: what one GPU reaches on this network, in TFLOP/s (default: %(default)s)")
     parser.add_argument("--gpu-gb-per-s", type=float, default=100., metavar="X", help="assumed: bandwidth between GPUs (default: %(default)s)")
     parser.add_argument("--gpu-us", type=float, default=20., metavar="X", help="assumed: microseconds of a small message between GPUs (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where distributed.json is written (default: bench/results)")
@@ -178,7 +182,8 @@ def main():
     seconds = in_turns(list(WAYS), measure_one, args.rounds)
     median = {way: statistics.median(v) for way, v in seconds.items()}
     one, two, ranks, own = WAYS
-    ratio = {f"{a}, of {b}": round(statistics.median(y / x for x, y in zip(seconds[a], seconds[b])), 3) for a, b in ((ranks, one), (ranks, two), (two, one), (own, one))}
+    ratio = {f"{a}, of {b}": round(statistics.median(y / x for x, y in zip(seconds[a], seconds[b])), 3)
+             for a, b in ((ranks, one), (ranks, two), (two, one), (own, one))}
     costs = {k: statistics.median(r["exchange"][k] for r in found[ranks]) for k in ("gradients", "two floats")}
     about = found[ranks][0]
     eight = estimate(about, median, costs, args)
@@ -191,10 +196,13 @@ def main():
             "steps": args.steps, "rounds": args.rounds, "eight": eight},
            question="How much faster do two ranks train than one process, at the same batch?",
            answer=f"two ranks with a thread each are {speed_up:.2f} times as fast as one process with one thread (efficiency {speed_up / 2:.0%}) and "
-                  f"{ratio[f'{ranks}, of {two}']:.2f} times as fast as one process with two threads; {ratio[f'{own}, of {one}']:.2f} times without batch norms over all ranks; "
-                  f"averaging the gradients of {about['parameters'] / 1e6:.1f} M parameters takes {costs['gradients'] * 1000:.1f} ms, {share:.1%} of a step. "
-                  f"Computed, not measured: eight GPUs are {gpus[0]['speed_up_8']:.1f} times as fast as one at batch {gpus[0]['bs']}, and {gpus[1]['speed_up_8']:.1f} times at {gpus[1]['bs']}",
-           data={"source": about["source"], "faces": about["faces"]}, backend="gloo", recipe={"name": args.recipe, **{k: about[k] for k in ("arch", "parameters", "norms", "bs", "bf16")}},
+                  f"{ratio[f'{ranks}, of {two}']:.2f} times as fast as one process with two threads; "
+                  f"{ratio[f'{own}, of {one}']:.2f} times without batch norms over all ranks; averaging the gradients of "
+                  f"{about['parameters'] / 1e6:.1f} M parameters takes {costs['gradients'] * 1000:.1f} ms, {share:.1%} of a step. "
+                  f"Computed, not measured: eight GPUs are {gpus[0]['speed_up_8']:.1f} times as fast as one at batch {gpus[0]['bs']}, "
+                  f"and {gpus[1]['speed_up_8']:.1f} times at {gpus[1]['bs']}",
+           data={"source": about["source"], "faces": about["faces"]}, backend="gloo",
+           recipe={"name": args.recipe, **{k: about[k] for k in ("arch", "parameters", "norms", "bs", "bf16")}},
            command="python bench/distributed.py" + (f" --data {args.data.name}" if args.data else ""))
 
 

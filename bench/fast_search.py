@@ -13,8 +13,9 @@ A candidate is a line of layers, `unshuffle32 down64 res64 wide256` and so on, e
   wide         1x1 convolution
 
 `arch:NAME` is a network of the registry instead. Each is exported by `create_onnx`, quantised by `quantize_graph` (on drawn
-faces and with random weights, which say nothing of accuracy but cost the same), and run both ways by onnxruntime in one thread. All graphs take turns in every round and the minimum counts: wall time at batch 1, processor
-time at batch 64, since on a busy machine no run of that length is left alone.
+faces and with random weights, which say nothing of accuracy but cost the same), and run both ways by onnxruntime in one
+thread. All graphs take turns in every round and the minimum counts: wall time at batch 1, processor time at batch 64, since
+on a busy machine no run of that length is left alone.
 
 `--train` gives candidates a short training first, by the `fer2013` recipe with fewer epochs and a shorter average of
 weights. They are compared on PublicTest; the PrivateTest rows are taken out of the table before. Runs live in `--runs`,
@@ -234,8 +235,8 @@ def answer(rows):
     fit = [r for r in rows if r["within_limits"]]
     text = f"{len(fit)} of {len(rows)} candidates keep to the limits"
     for ours in (r for r in rows if r["layers"] == "arch:fast_resnet"):
-        text += (f"; `fast_resnet` has {ours['parameters']:,} parameters and takes {ours['int8']['batch 1']:.2f} ms a face in int8, {ours['fp32']['batch 1']:.2f} ms in fp32, "
-                 f"and {1e3 / ours['int8']['batch 64']:,.0f} faces/s at batch 64 in int8")
+        text += (f"; `fast_resnet` has {ours['parameters']:,} parameters and takes {ours['int8']['batch 1']:.2f} ms a face in int8, "
+                 f"{ours['fp32']['batch 1']:.2f} ms in fp32, and {1e3 / ours['int8']['batch 64']:,.0f} faces/s at batch 64 in int8")
     if trained := [r for r in fit if r["trained"]]:
         best = max(trained, key=lambda r: r["trained"]["accuracy"])
         text += (f"; of {len(trained)} that were trained for {best['trained']['epochs']} epochs `{best['layers']}` is the best on PublicTest, "

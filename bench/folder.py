@@ -116,6 +116,8 @@ def main():
     rate = {name: 1 / statistics.median(wall[name]) for name in turn}
     ratio = {name: statistics.median(a / b for a, b in zip(wall["plain loop"], wall[name])) for name in turn}
     best = max(rate, key=rate.get)
+    defaults = dict(photos=1000, model="accurate", detector="haar", threads=None, seed=0)
+    changed = "".join(f" --{k} {getattr(args, k)}" for k, d in defaults.items() if getattr(args, k) != d)
     report("folder",
            {"images_per_second": {k: round(v, 1) for k, v in rate.items()}, "times_the_plain_loop": {k: round(v, 2) for k, v in ratio.items()},
             "cpu_ms_per_image": {k: round(1000 * statistics.median(v), 1) for k, v in cpu.items()}, "faces_found": faces,
@@ -125,8 +127,7 @@ def main():
            answer=f"{args.photos:,} drawn photos on {hardware()['cores']} cores, detector {args.detector}, model {args.model}, in photos a second: "
                   + ", ".join(f"{name} {v:.1f}" for name, v in rate.items()) + f"; {best} is {ratio[best]:.2f} times the plain loop",
            data=about, model=args.model, detector=args.detector,
-           command="python bench/folder.py" + "".join(f" --{k} {getattr(args, k)}" for k, d in (("photos", 1000), ("model", "accurate"), ("detector", "haar"), ("threads", None), ("seed", 0))
-                                                      if getattr(args, k) != d))
+           command="python bench/folder.py" + changed)
     return True
 
 

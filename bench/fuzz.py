@@ -24,10 +24,12 @@ EXAMPLES = """examples:
 def row(found, keep):
     "What one target came to, with its failing inputs kept."
     name, seed = found["target"], found["seed"]
-    failures = {kind: dict(times=len(at), cases=at[:5], kept=[_fuzz.save_case(name, seed, n, keep).name for n in at[:2]]) for kind, at in found["failures"].items()}
+    failures = {kind: dict(times=len(at), cases=at[:5], kept=[_fuzz.save_case(name, seed, n, keep).name for n in at[:2]])
+                for kind, at in found["failures"].items()}
     return dict(cases=found["cases"], answered=found["ok"], refused=found["error"], failures=failures, seconds=round(found["seconds"], 1),
                 cases_a_second=round(found["cases"] / found["seconds"]), peak_mb=round(found["peak_mb"], 1),
-                most_memory_of_a_case=dict(mb=round(found["peak"][0], 1), case=found["peak"][1]), slowest_case=dict(seconds=round(found["slowest"][0], 3), case=found["slowest"][1]))
+                most_memory_of_a_case=dict(mb=round(found["peak"][0], 1), case=found["peak"][1]),
+                slowest_case=dict(seconds=round(found["slowest"][0], 3), case=found["slowest"][1]))
 
 
 def main():
@@ -50,8 +52,8 @@ def main():
     total["cases_a_minute"] = round(60 * total["cases"] / total["seconds"])
     slowest = max(r["slowest_case"]["seconds"] for r in results.values())
     report("fuzz", dict(total=total, targets=results), seed=a.seed, minutes=a.minutes, question="Does any damaged file crash a reader?",
-           answer=f"{total['cases']:,} damaged files into {len(results)} readers: {total['answered']:,} were read rightly, {total['refused']:,} refused by name, "
-                  f"{total['failures']:,} failures; the slowest took {slowest:.2f} s")
+           answer=f"{total['cases']:,} damaged files into {len(results)} readers: {total['answered']:,} were read rightly, "
+                  f"{total['refused']:,} refused by name, {total['failures']:,} failures; the slowest took {slowest:.2f} s")
     return bool(total["failures"])
 
 

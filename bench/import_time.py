@@ -50,8 +50,8 @@ def run(statement):
 
 def steps(photo, detector, repeat):
     "Milliseconds of each step on the way to the first prediction, medians."
-    code = STEPS.replace("{photo!r}", repr(photo)).replace("{detector!r}", repr(detector))
-    runs = [json.loads(subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True, check=True).stdout) for _ in range(repeat)]
+    command = [sys.executable, "-c", STEPS.replace("{photo!r}", repr(photo)).replace("{detector!r}", repr(detector))]
+    runs = [json.loads(subprocess.run(command, cwd=ROOT / "bench", capture_output=True, text=True, check=True).stdout) for _ in range(repeat)]
     return {name: round(1000 * statistics.median(r[name] for r in runs), 1) for name in runs[0]}
 
 

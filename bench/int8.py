@@ -124,7 +124,7 @@ def speed(graphs, rounds):
 
 
 def profile(graph, calls=50):
-    "Which operators run on one face: {operator: {number, microseconds}}, longest first; by medians over the calls, whose sum is more than an unprofiled call takes."
+    "Which operators run on one face: {operator: {number, microseconds}}, longest first; medians over the calls, in sum more than an unprofiled call takes."
     with tempfile.TemporaryDirectory() as folder:
         s = session(graph, Path(folder) / "profile")
         for _ in range(calls):
@@ -151,7 +151,8 @@ def chain(kind, channels, side, n):
                   helper.make_node("Relu", [f"c{i}"], [f"x{i + 1}"], f"relu{i}")]
         name = f"x{i + 1}"
     nodes.append(helper.make_node("GlobalAveragePool", [name], ["probs"], "pool"))
-    ends = [helper.make_tensor_value_info(*a) for a in (("faces", TensorProto.UINT8, ["n", channels, side, side]), ("probs", TensorProto.FLOAT, ["n", channels, 1, 1]))]
+    ends = [helper.make_tensor_value_info("faces", TensorProto.UINT8, ["n", channels, side, side]),
+            helper.make_tensor_value_info("probs", TensorProto.FLOAT, ["n", channels, 1, 1])]
     return helper.make_model(helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights), opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
@@ -223,14 +224,16 @@ def main():
     faster = {n: a["ms_a_face"][n]["min"] / b["ms_a_face"][n]["min"] for n in ("1", "64")}
     answer = (f"`accurate` in int8 takes {b['ms_a_face']['1']['min']:.2f} ms a face on one thread, {faster['1']:.1f} times as fast as float32 "
               f"({faster['64']:.1f} times in batches of 64), and {b['bytes'] / 1e6:.1f} MB instead of {a['bytes'] / 1e6:.1f}"
-              + (f"; PublicTest accuracy {b['accuracy']:.1%} against {a['accuracy']:.1%}, {b['equal_answers']:.1%} of the answers are the same" if args.data else ""))
+              + (f"; PublicTest accuracy {b['accuracy']:.1%} against {a['accuracy']:.1%}, {b['equal_answers']:.1%} of the answers are the same"
+                 if args.data else ""))
     report("int8", {"models": models, "calibration": calibration, "operators": operators, "layers_microseconds": layers(args.rounds),
                     "times_float32": {name: {n: round(kinds["float32"]["ms_a_face"][n]["min"] / kinds["int8"]["ms_a_face"][n]["min"], 2) for n in ("1", "64")}
                                       for name, kinds in models.items()}},
            question="Is int8 faster, smaller, and as good?", answer=answer,
            data={"source": Path(table.source).name if args.data else "drawn faces", "calibration_faces": len(training), "public_faces": len(public)},
            accurate_from="its run" if args.run else "the bundled graph, whose weights are rounded to float16", threads=1, rounds=args.rounds,
-           command="python bench/int8.py" + (f" --data {args.data.name}" if args.data else "") + (" --run RUN" if args.run else "") + (f" --limit {args.limit}" if args.limit else ""))
+           command="python bench/int8.py" + (f" --data {args.data.name}" if args.data else "")
+                   + (" --run RUN" if args.run else "") + (f" --limit {args.limit}" if args.limit else ""))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def main():
         _report.RESULTS = a.out
     found = {}
     for name in a.only or [*_kills.WRITERS, "Training"]:
-        done = subprocess.run([sys.executable, "-W", "ignore", str(TESTS / "_kills.py"), name, "--kills", str(a.kills), "--seed", str(a.seed)], capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}, check=False)
+        done = subprocess.run([sys.executable, "-W", "ignore", str(TESTS / "_kills.py"), name, "--kills", str(a.kills), "--seed", str(a.seed)],
+                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}, check=False)
         if done.returncode: raise SystemExit(f"{name}: {done.stderr[-2000:]}")
         found[name] = json.loads(done.stdout.splitlines()[-1])
         print(found[name], file=sys.stderr)
@@ -66,7 +66,8 @@ def main():
     training = found.get("Training", {})
     report("kills", dict(kills=kills, failures=failures, writers=found, ms_to_write={str(k): v for k, v in cost_of_fsync().items()}), seed=a.seed,
            question="Does a kill at any moment leave half a file?",
-           answer=f"{kills} kills of {len(found)} writers: {len(failures)} writers left anything but the old or the new, hidden temporary files aside; {training.get('resumed', 0)} killed trainings went on, to the same weights")
+           answer=f"{kills} kills of {len(found)} writers: {len(failures)} writers left anything but the old or the new, "
+                  f"hidden temporary files aside; {training.get('resumed', 0)} killed trainings went on, to the same weights")
     return bool(failures)
 
 

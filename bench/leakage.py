@@ -146,8 +146,10 @@ def answer_of(found):
         return " to ".join(f"{100 * (right(version, 'in Training', split) - right(version, 'not in Training', split)):.1f}" for version in (AS_IS, COPIES_OUT))
     all_rows, without = ([f"{right(version, part):.1%}" for part in ("all", "in Training", "not in Training")] for version in (AS_IS, COPIES_OUT))
     n = found[AS_IS, seeds[0]]["scores"]["PrivateTest"]["in Training"]["n"]
-    return (f"trained on all rows a network is right on {all_rows[0]} of PrivateTest: on {all_rows[1]} of the {n} faces whose picture Training shows and {all_rows[2]} of the others; "
-            f"trained without those pictures on {without[0]}: {without[1]} and {without[2]}. The lead of the {n} falls from {leads('PrivateTest')} points, on PublicTest from {leads('PublicTest')} "
+    return (f"trained on all rows a network is right on {all_rows[0]} of PrivateTest: "
+            f"on {all_rows[1]} of the {n} faces whose picture Training shows and {all_rows[2]} of the others; "
+            f"trained without those pictures on {without[0]}: {without[1]} and {without[2]}. "
+            f"The lead of the {n} falls from {leads('PrivateTest')} points, on PublicTest from {leads('PublicTest')} "
             f"({len(seeds)} seed{'s' * (len(seeds) > 1)})")
 
 
@@ -178,7 +180,8 @@ def write(args, table, near, exact):
             lost[seed] = lost.get(seed, {}) | new
     report("leakage", {"runs": list(found.values()), "differences": {str(k): v for k, v in sorted(lost.items())},
                        "rows": {version: int(rows_out(version, table, near, exact, 0).sum()) for version in VERSIONS}},
-           question="How much of a score on FER2013 is memory?", answer=answer_of(found), command="python bench/leakage.py --runs runs/leakage --data fer2013.csv --train")
+           question="How much of a score on FER2013 is memory?", answer=answer_of(found),
+           command="python bench/leakage.py --runs runs/leakage --data fer2013.csv --train")
 
 
 def main():

@@ -149,17 +149,23 @@ def main():
     cards, weights = bundled_models(), weights_folder()
     seconds, rounds = (.02, 3) if args.quick else (.5, 9)
     with on_cores(1), tempfile.TemporaryDirectory() as tmp:
-        added = {name: overhead(model, seconds, rounds) for name, model in {"one small matrix": tiny_model(Path(tmp) / "tiny"), **{n: n for n in cards}}.items()}
+        models = {"one small matrix": tiny_model(Path(tmp) / "tiny"), **{n: n for n in cards}}
+        added = {name: overhead(model, seconds, rounds) for name, model in models.items()}
         long = {name: slices(weights / name / "model.onnx", card["img_size"], 2 if args.quick else 5) for name, card in cards.items()}
     options = {name: settings(weights / name / "model.onnx", card["img_size"], seconds, rounds) for name, card in cards.items()}
     photo = {name: spinning(name, weights / name / "model.onnx", 3 if args.quick else 15) for name in cards}
     share = {name: added[name]["added_share"]["predict_faces(array)"] for name in cards}
-    spoken = [f"{f'{share[n]:.1%}' if share[n] > .001 else 'nothing measurable'} to the {added[n]['microseconds']['session.run'] / 1000:.2f} ms of `{n}` (`predict` with its box, which cuts it out and names the classes, "
-              f"{added[n]['added_share']['predict(image, boxes)']:.1%})" for n in cards]
+
+    def told(name):
+        row, more = added[name], f"{share[name]:.1%}" if share[name] > .001 else "nothing measurable"
+        return (f"{more} to the {row['microseconds']['session.run'] / 1000:.2f} ms of `{name}` (`predict` with its box, "
+                f"which cuts it out and names the classes, {row['added_share']['predict(image, boxes)']:.1%})")
+
     report("overhead",
-           {"batch_1": added, "faces_per_second_by_slice": long, "times_as_long_by_setting": options, "photo_ms": photo, "within_limits": all(s <= LIMIT for s in share.values())},
+           {"batch_1": added, "faces_per_second_by_slice": long, "times_as_long_by_setting": options, "photo_ms": photo,
+            "within_limits": all(s <= LIMIT for s in share.values())},
            question="What does our Python add to the bare run of the network?",
-           answer="For one face on one core `predict_faces` adds " + " and ".join(spoken),
+           answer="For one face on one core `predict_faces` adds " + " and ".join(map(told, cards)),
            limits={"added_share": LIMIT}, command="python bench/overhead.py" + (" --quick" if args.quick else ""))
     return all(s <= LIMIT for s in share.values())
 

@@ -275,7 +275,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", type=Path, required=True, metavar="FOLDER", help="where the environments are, or are made")
     parser.add_argument("--data", type=Path, metavar="PATH", help="FER2013: its csv or class folders; without it nothing is scored, and drawn faces are timed")
-    parser.add_argument("--yunet", type=Path, default=os.environ.get("FER_YUNET"), metavar="FILE", help="a YuNet .onnx (default: FER_YUNET); without it YuNet is left out")
+    parser.add_argument("--yunet", type=Path, default=os.environ.get("FER_YUNET"), metavar="FILE",
+                        help="a YuNet .onnx (default: FER_YUNET); without it YuNet is left out")
     parser.add_argument("--only", nargs="+", choices=PACKAGES, default=list(PACKAGES), metavar="NAME", help=f"some of: {', '.join(PACKAGES)}")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each contestant takes its turn (default: 5)")
     parser.add_argument("--quick", action="store_true", help="one short round and 200 faces: does everything run? Needs --out")
@@ -354,7 +355,8 @@ def main():
            versions={name: about["versions"] for name, about in installed.items()}, rounds=1 if args.quick else args.rounds,
            cores={"face": 1, "photo": 2, "start": 2, "pinned": hasattr(os, "sched_setaffinity")}, yunet=args.yunet and args.yunet.name,
            data={"source": Path(table.source).name, "faces": len(table), "split": "PrivateTest"} if table is not None else None,
-           command="python bench/peers.py --envs ../peers" + (f" --data {args.data.name}" if args.data else "") + (f" --yunet {args.yunet.name}" if args.yunet else ""))
+           command="python bench/peers.py --envs ../peers" + (f" --data {args.data.name}" if args.data else "")
+                   + (f" --yunet {args.yunet.name}" if args.yunet else ""))
     return all(t["met"] is not False for t in results["targets"])
 
 

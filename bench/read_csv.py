@@ -103,7 +103,8 @@ def place_csv(folder, data, limit):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="PATH", help="fer2013.csv of the challenge; without it a csv of drawn faces is made")
-    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows of an uncompressed csv, or draw N faces (default: all rows, 2000 faces)")
+    parser.add_argument("--limit", type=int, metavar="N",
+                        help="read only the first N rows of an uncompressed csv, or draw N faces (default: all rows, 2000 faces)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds; the medians are reported (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=_report.RESULTS, metavar="FOLDER", help="where read_csv.json is written (default: bench/results)")
     parser.add_argument("--once", choices=READERS, help=argparse.SUPPRESS)
@@ -146,7 +147,8 @@ def main():
             "within_limits": within if whole else None},
            question="How fast is FER2013's csv read?",
            answer=f"`read_fer2013` takes {seconds[ours]:.1f} s and at most {peak[ours]:.2f} GB for {rows:,} faces ({megabytes:.0f} MB), "
-                  f"{seconds[cached]:.2f} s from its cache; pandas and a loop take {seconds[pandas]:.1f} s and {peak[pandas]:.2f} GB, {ratio:.1f} times as long",
+                  f"{seconds[cached]:.2f} s from its cache; "
+                  f"pandas and a loop take {seconds[pandas]:.1f} s and {peak[pandas]:.2f} GB, {ratio:.1f} times as long",
            data={"source": path.name, "rows": rows, "megabytes": round(megabytes, 1)}, limits=LIMITS,
            command="python bench/read_csv.py" + (f" --data {args.data.name}" if args.data else "") + (f" --limit {args.limit}" if args.limit else ""))
     return within or not whole

@@ -40,7 +40,8 @@ LATENCY = dict(emotion_detector=4.2)  # milliseconds of one prediction on a CPU
 HISTORY = dict(log_loss="valid_loss", macro_f1="f1_score", macro_precision="precision_score", macro_recall="recall_score")  # the same in a history
 OURS = dict(emotion_detector=["epochs=42"], realtime_net=["epochs=24"], realtime_senet=["epochs=30"], sequential=["epochs=42", "lr=.02"],
             four_class=["epochs=30", "classes=[angry, happy, neutral, sad]"], class_balanced=["epochs=24"])
-SHORTER = dict(class_balanced=["epochs=54"])  # than the system's own protocol, for the sake of time: ended when its claim was passed; its plateau schedule does not look ahead
+# shorter than the system's own protocol, for the sake of time: ended when its claim was passed; its plateau schedule does not look ahead
+SHORTER = dict(class_balanced=["epochs=54"])
 TRIED = dict(four_class=["seed=1", "seed=2", "epochs=60"], realtime_senet=["seed=1"], emotion_detector=["epochs=20", "epochs=80"],
              sequential=["arch_args.init=null"])  # of the system's own protocol, where the claim was missed; runs own/NAME~SETTING
 KINDS = ("own", "ours")
@@ -111,7 +112,8 @@ def time_network(name):
         export_model(create_model(recipe.arch, **recipe.arch_args), folder)
         predict_faces = Predictor(folder, threads=1, detector="none").predict_faces
         ms = sorted(measure_latency(predict_faces, n=200)["single_ms"] for _ in range(3))
-    return {"claim": LATENCY[name], "own": round(ms[1], 3), "threads": 1, "weights": "untrained", "hardware": hardware()["cpu"], "date": datetime.date.today().isoformat()}
+    return {"claim": LATENCY[name], "own": round(ms[1], 3), "threads": 1, "weights": "untrained",
+            "hardware": hardware()["cpu"], "date": datetime.date.today().isoformat()}
 
 
 def latencies(measure):
@@ -147,7 +149,8 @@ def row(name, found, took):
     own_accuracy = own and round(reached(own, where), 4)
     tried = {setting: found.get(f"own/{name}~{setting}") for setting in TRIED.get(name, ())}
     return {"network": name, "system": system, "claim": claim, "target": target, "measured_on": where, "own_accuracy": own_accuracy,
-            "misses_by": own and round(max(0., target - own_accuracy), 4), "shorter": SHORTER.get(name, []), "own": own, "ours": ours, "further": further(name, own, where, took.get(name)),
+            "misses_by": own and round(max(0., target - own_accuracy), 4), "shorter": SHORTER.get(name, []),
+            "own": own, "ours": ours, "further": further(name, own, where, took.get(name)),
             "tried": {setting: {**run, "reached": round(reached(run, where), 4)} for setting, run in tried.items() if run},
             "ours_accuracy": ours and round(ours["scores"]["PrivateTest"]["accuracy"], 4)}
 
@@ -156,7 +159,8 @@ def answer(rows):
     "The table in a sentence."
     done = [r for r in rows if r["own"]]
     reach = [r["network"] for r in done if not r["misses_by"]]
-    text = f"of {len(done)} networks trained by their own protocol {len(reach)} reach{'es' * (len(reach) == 1)} the claim" + f": {', '.join(reach)}" * bool(reach)
+    text = (f"of {len(done)} networks trained by their own protocol {len(reach)} reach{'es' * (len(reach) == 1)} the claim"
+            + f": {', '.join(reach)}" * bool(reach))
     if again := [f"{r['network']} with {setting}" for r in done if r["misses_by"] for setting, run in r["tried"].items() if run["reached"] >= r["target"]]:
         text += f", and {', '.join(again)}"
     if len(done) < len(rows):

@@ -98,13 +98,16 @@ def main():
     for model, r in frame.groupby("model", sort=False):
         clean, hurt = r[r.severity == 0].iloc[0], r[r.severity > 0]
         means = hurt.groupby("corruption").accuracy.mean().sort_values()
-        said.append(f"`{model}` {clean.accuracy:.1%} of {clean.n:,} faces as they are, {hurt.accuracy.mean():.1%} on average under {len(means)} kinds of damage at five strengths "
-                    f"(worst {means.index[0]}, {means.iloc[0]:.1%}; mildest {means.index[-1]}, {means.iloc[-1]:.1%}), where it is {100 * (hurt.confidence - hurt.accuracy).mean():.0f} points too sure of itself")
+        said.append(f"`{model}` {clean.accuracy:.1%} of {clean.n:,} faces as they are, "
+                    f"{hurt.accuracy.mean():.1%} on average under {len(means)} kinds of damage at five strengths "
+                    f"(worst {means.index[0]}, {means.iloc[0]:.1%}; mildest {means.index[-1]}, {means.iloc[-1]:.1%}), "
+                    f"where it is {100 * (hurt.confidence - hurt.accuracy).mean():.0f} points too sure of itself")
     corruptions = {n: {"strengths": list(c.strengths), "unit": c.unit, "about": c.about} for n, c in CORRUPTIONS.items()}
     report("robustness", {**found, "corruptions": corruptions}, data=data,
            question="How much accuracy is left when faces are blurred, noisy, dark, turned, covered or small?", answer="; ".join(said),
            seed=args.seed, threads=args.threads,
-           command="python bench/robustness.py" + (f" --data {args.data.name}" if args.data else "") + (f" --ferplus {args.ferplus.name}" if args.ferplus else "") + (f" --limit {args.limit}" if args.limit else ""))
+           command="python bench/robustness.py" + (f" --data {args.data.name}" if args.data else "")
+                   + (f" --ferplus {args.ferplus.name}" if args.ferplus else "") + (f" --limit {args.limit}" if args.limit else ""))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def compare(source, model, detector, tmp, part_size, kill):
 
 
 def _round(found):
-    return {"seconds": round(found["seconds"], 2), "start_seconds": round(found["start_seconds"], 2), "steady_rate": found["steady_rate"] and round(found["steady_rate"], 1),
+    return {"seconds": round(found["seconds"], 2), "start_seconds": round(found["start_seconds"], 2),
+            "steady_rate": found["steady_rate"] and round(found["steady_rate"], 1),
             "driver_memory_mb": round(found["memory_mb"]), "workers_that_worked": len({w for _, _, w in found["done"]})}
 
 
@@ -171,7 +172,8 @@ def estimate(figures, per_listing, cores=64):
         rate = ways["Ray, 1 worker"]["steady_rate"]
         if rate:
             core_hours = 1e8 / rate / 3600
-            table[title] = {"images_a_second_and_core": rate, "core_hours": round(core_hours, 1), "hours_on_1_machine": round(core_hours / cores, 2), "hours_on_16_machines": round(core_hours / cores / 16, 3)}
+            table[title] = {"images_a_second_and_core": rate, "core_hours": round(core_hours, 1),
+                            "hours_on_1_machine": round(core_hours / cores, 2), "hours_on_16_machines": round(core_hours / cores / 16, 3)}
     return table
 
 
@@ -198,15 +200,17 @@ def main():
     tmp = Path(tempfile.mkdtemp(prefix="scale-"))
     folder = args.folder or tmp / "images"
     try:
-        data = write_faces(folder / f"faces {args.limit}", args.data, args.limit)
-        write_portraits(folder / f"portraits {args.portraits}", args.portraits)
+        faces, portraits = folder / f"faces {args.limit}", folder / f"portraits {args.portraits}"
+        data = write_faces(faces, args.data, args.limit)
+        write_portraits(portraits, args.portraits)
         part = min(args.part_size, -(-args.limit // 20))
-        titles = {f"{args.limit:,} faces of 48x48, detector none": (folder / f"faces {args.limit}", "none", part, True),
-                  f"{args.portraits:,} portraits of 512x600, detector {args.detector}": (folder / f"portraits {args.portraits}", args.detector, max(1, args.portraits // 20), False)}
+        titles = {f"{args.limit:,} faces of 48x48, detector none": (faces, "none", part, True),
+                  f"{args.portraits:,} portraits of 512x600, detector {args.detector}":
+                      (portraits, args.detector, max(1, args.portraits // 20), False)}
         rates, figures = {}, {}
         for title, (source, detector, part_size, kill) in titles.items():
             rates[title], figures[title] = compare(source, args.model, detector, tmp, part_size, kill)
-        per_listing = listing_seconds(folder / f"faces {args.limit}")
+        per_listing = listing_seconds(faces)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     first = next(iter(figures.values()))
@@ -219,17 +223,21 @@ def main():
     scaling = {title: round(ways["Ray, 2 workers"]["steady_rate"] / ways["Ray, 1 worker"]["steady_rate"], 2) for title, ways in figures.items()}
     paper = estimate(figures, per_listing)
     hours = paper[next(iter(figures))]
-    answer = "; ".join(f"{title}: " + ", ".join(f"{way} {rate:,.0f}" for way, rate in ways.items()) + f" images a second, two workers {scaling[title]:.2f} times one once they run" for title, ways in rates.items())
+    told = {title: ", ".join(f"{way} {rate:,.0f}" for way, rate in ways.items()) for title, ways in rates.items()}
+    answer = "; ".join(f"{title}: {ways} images a second, two workers {scaling[title]:.2f} times one once they run" for title, ways in told.items())
+    defaults = dict(limit=100_000, portraits=1000, model="fast", detector="haar", part_size=1000)
+    changed = "".join(f" --{k.replace('_', '-')} {getattr(args, k)}" for k, d in defaults.items() if getattr(args, k) != d)
     report("scale",
            {"images_per_second": {t: {w: round(r, 1) for w, r in ways.items()} for t, ways in rates.items()}, "ways": figures, "two_workers_to_one": scaling,
             "overhead_of_ray": {t: round(1 - ways["Ray, 1 worker"]["steady_rate"] / rates[t]["predict_many, 1 thread"], 3) for t, ways in figures.items()},
             "listing_microseconds_per_image": round(1e6 * per_listing, 1), "hundred_million": paper},
            question="Does batch inference scale over processes, and does a killed one cost anything?",
-           answer=f"{answer}; Ray starts in {one['start_seconds']:.0f} s; with a worker killed in the middle {killed['lost']} rows are lost and {killed['doubled']} doubled; "
-                  f"the process that directs holds {two['driver_memory_mb']} MB at most; on paper, 100 million such faces take {hours['core_hours']:,.0f} hours of one core",
+           answer=f"{answer}; Ray starts in {one['start_seconds']:.0f} s; "
+                  f"with a worker killed in the middle {killed['lost']} rows are lost and {killed['doubled']} doubled; "
+                  f"the process that directs holds {two['driver_memory_mb']} MB at most; "
+                  f"on paper, 100 million such faces take {hours['core_hours']:,.0f} hours of one core",
            data=data, model=args.model, part_size=part,
-           command="python bench/scale.py" + (" --data fer2013.csv" if args.data else "") + "".join(
-               f" --{k.replace('_', '-')} {getattr(args, k)}" for k, d in (("limit", 100_000), ("portraits", 1000), ("model", "fast"), ("detector", "haar"), ("part_size", 1000)) if getattr(args, k) != d))
+           command="python bench/scale.py" + (" --data fer2013.csv" if args.data else "") + changed)
     return True
 
 

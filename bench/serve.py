@@ -1,5 +1,6 @@
-"""How much does the server stand: requests a second and waiting times for 1, 8 and 32 clients, with and without micro-batching, when it is overloaded, and its memory?
+"""How much does the server stand?
 
+Requests a second and waiting times for 1, 8 and 32 clients, with and without micro-batching, when it is overloaded, and its memory.
 A server of its own process, on loopback. Each client sends one request after the other: the portrait that ships inside matplotlib,
 as a photo in which the face has to be found, and as a crop that is a face (detector "none"), so that the network weighs more.
 The ways alternate, and each is measured in several rounds. Then many more clients than the queue is long: some must be refused
@@ -81,7 +82,8 @@ def measure_load(servers, duration, rounds):
                     found[way][0].append(len(seconds) / took)
                     found[way][1].extend(seconds)
             for way, (rates, seconds) in found.items():
-                results.setdefault(kind, {}).setdefault(way, {})[str(n)] = {"requests_per_second": round(statistics.median(rates), 1), **percentiles(seconds), "requests": len(seconds)}
+                row = {"requests_per_second": round(statistics.median(rates), 1), **percentiles(seconds), "requests": len(seconds)}
+                results.setdefault(kind, {}).setdefault(way, {})[str(n)] = row
     return results
 
 
@@ -134,14 +136,23 @@ def main():
         speed = measure_load(dict(zip(WAYS, (one, other))), args.seconds, args.rounds)
     overload, memory = measure_overload(args.seconds), measure_memory(args.requests)
     photo, crop = (speed[kind]["together"] for kind in ("photo", "crop"))
-    gain = {kind: {n: round(speed[kind]["together"][n]["requests_per_second"] / speed[kind]["each by itself"][n]["requests_per_second"], 2) for n in map(str, CLIENTS)} for kind in speed}
+    gain = {kind: {n: round(ways["together"][n]["requests_per_second"] / ways["each by itself"][n]["requests_per_second"], 2)
+                   for n in map(str, CLIENTS)} for kind, ways in speed.items()}
+    defaults = dict(seconds=5, rounds=3, requests=10_000)
+    changed = "".join(f" --{k} {getattr(args, k)}" for k, d in defaults.items() if getattr(args, k) != d)
+
+    def told(n):
+        row = photo[str(n)]
+        return (f"{n} client{'s' * (n > 1)} {row['requests_per_second']:.0f} photos a second, "
+                f"p50 {row['p50_ms']:.0f} and p99 {row['p99_ms']:.0f} ms")
+
     report("serve", {"load": speed, "times_without_batching": gain, "overload": overload, "memory": memory},
            question="How many requests does the server answer?",
-           answer=f"on {hardware()['cores']} cores, clients on the same machine: "
-                  + "; ".join(f"{n} client{'s' * (n > 1)} {photo[str(n)]['requests_per_second']:.0f} photos a second, p50 {photo[str(n)]['p50_ms']:.0f} and p99 {photo[str(n)]['p99_ms']:.0f} ms" for n in CLIENTS)
-                  + f"; ready-made crops from 32 clients {crop['32']['requests_per_second']:.0f} a second, {gain['crop']['32']:.2f} times as many as without micro-batching (photos {gain['photo']['32']:.2f}); "
+           answer=f"on {hardware()['cores']} cores, clients on the same machine: " + "; ".join(map(told, CLIENTS))
+                  + f"; ready-made crops from 32 clients {crop['32']['requests_per_second']:.0f} a second, "
+                  f"{gain['crop']['32']:.2f} times as many as without micro-batching (photos {gain['photo']['32']:.2f}); "
                   f"memory {memory['growth_mb']:+.1f} MB over {memory['requests']:,} requests",
-           command="python bench/serve.py" + "".join(f" --{k} {getattr(args, k)}" for k, d in (("seconds", 5), ("rounds", 3), ("requests", 10_000)) if getattr(args, k) != d))
+           command="python bench/serve.py" + changed)
     return True
 
 

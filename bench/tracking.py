@@ -34,7 +34,8 @@ from _report import ROOT, earlier, report
 from detect import paste
 
 FPS, WIDTH, HEIGHT, EVERY, COVERED = 25, 640, 360, 3, 1 / 3
-SMOOTHING = ((0, 0, 1), (0, .1, 1), (.25, 0, 1), (.5, 0, 1), (1, 0, 1), (.1, .1, 1), (.25, .1, 1), (.5, .1, 1), (1, .1, 1), (.25, .2, 1), (.25, .1, 3))  # time constant, margin, asked in every so manieth frame
+# time constant, margin, asked in every so manieth frame
+SMOOTHING = ((0, 0, 1), (0, .1, 1), (.25, 0, 1), (.5, 0, 1), (1, 0, 1), (.1, .1, 1), (.25, .1, 1), (.5, .1, 1), (1, .1, 1), (.25, .2, 1), (.25, .1, 3))
 INSTALL = {"scipy": "scipy", "Norfair": "norfair", "ByteTrack": "trackers"}
 EXAMPLES = """examples:
   python bench/tracking.py --data fer2013.csv --yunet yunet.onnx --install     the measurement
@@ -235,7 +236,8 @@ def track(films, detectors):
                     distance = 1 - overlap[:, keep]
                     book.update([who for who, _ in seen], ids, np.where(distance > .6, np.nan, distance))
                 books.append(book)
-            row = host.compute_many(books, metrics=["num_switches", "num_fragmentations", "idp", "idr", "idf1", "mota", "num_unique_objects"], generate_overall=True).loc["OVERALL"]
+            asked = ["num_switches", "num_fragmentations", "idp", "idr", "idf1", "mota", "num_unique_objects"]
+            row = host.compute_many(books, metrics=asked, generate_overall=True).loc["OVERALL"]
             rows[name] = {"switches": int(row.num_switches), "fragmentations": int(row.num_fragmentations), "people": int(row.num_unique_objects),
                           **{k: round(float(row[k]), 4) for k in ("idp", "idr", "idf1", "mota")}, "us_per_frame": round(1e6 * seconds / count, 1)}
             print(detector, name, rows[name], file=sys.stderr)
@@ -281,7 +283,8 @@ def between(films, yunet):
                 for k, (_, others) in enumerate(waiting):
                     share = (k + 1) / EVERY
                     pairs = iou(held, boxes)
-                    add("interpolated, two frames late", [(1 - share) * h + share * boxes[int(p.argmax())] if p.max(initial=0) > .1 else h for h, p in zip(held, pairs)], others)
+                    add("interpolated, two frames late",
+                        [(1 - share) * h + share * boxes[int(p.argmax())] if p.max(initial=0) > .1 else h for h, p in zip(held, pairs)], others)
                 held, flowing, waiting = boxes, boxes, []
                 tracker.update(boxes, now)
                 continue
@@ -344,7 +347,8 @@ def smoothing(faces, predictor, minutes, rng):
             labels.append(smoother(1, p, k / FPS)[1] if k % every == 0 else labels[-1])
         right = np.array(labels) == truth
         lags = [next((k for k in range(b - a) if right[a + k]), b - a) / FPS for a, b in pairwise(starts)][1:]
-        rows.append({"time_constant": constant, "margin": margin, "every": every, "flips_per_minute": round(60 * FPS * float((np.diff(labels) != 0).sum()) / total, 2),
+        rows.append({"time_constant": constant, "margin": margin, "every": every,
+                     "flips_per_minute": round(60 * FPS * float((np.diff(labels) != 0).sum()) / total, 2),
                      "lag": round(float(np.mean(lags)), 3), "median_lag": round(float(np.median(lags)), 3), "accuracy": round(float(right.mean()), 4)})
         print(rows[-1], file=sys.stderr)
     return {"rows": rows, "minutes": total / FPS / 60, "changes_per_minute": 60 * FPS * (len(segments) - 1) / total}
@@ -355,7 +359,8 @@ def smoothing(faces, predictor, minutes, rng):
 def resolved(*packages):
     "Name -> version of what pip would install"
     with tempfile.TemporaryDirectory() as tmp:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--report", f"{tmp}/r.json", *packages], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--report", f"{tmp}/r.json", *packages],
+                       check=True, capture_output=True)
         return {i["metadata"]["name"].lower(): i["metadata"]["version"] for i in json.loads(Path(tmp, "r.json").read_text())["install"]}
 
 
@@ -369,10 +374,12 @@ def install_cost():
         wanted = resolved(package)
         new = {p: v for p, v in wanted.items() if p not in base}
         with tempfile.TemporaryDirectory() as tmp:
-            subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp, *(f"{p}=={v}" for p, v in new.items())], check=True, capture_output=True)
+            subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp, *(f"{p}=={v}" for p, v in new.items())],
+                           check=True, capture_output=True)
             size = sum(f.stat().st_size for f in Path(tmp).rglob("*") if f.is_file())
         older = [p for p in wanted if p in base and wanted[p].split(".")[0] != base[p].split(".")[0] and wanted[p] < base[p]]
-        costs[name] = {"megabytes": round(size / 1e6, 1), "packages": len(new), "note": "and takes back " + ", ".join(f"{p} from {base[p]} to {wanted[p]}" for p in older) if older else ""}
+        note = "and takes back " + ", ".join(f"{p} from {base[p]} to {wanted[p]}" for p in older) if older else ""
+        costs[name] = {"megabytes": round(size / 1e6, 1), "packages": len(new), "note": note}
     return costs
 
 
@@ -426,13 +433,18 @@ def main():
     steady = smoothing(faces[:800], Predictor("accurate"), args.minutes, np.random.default_rng(1))
     install = install_cost() if args.install else earlier("tracking")["results"].get("install", {})
     rows = next(iter(tracking.values()))
-    ours, cut, (rival, theirs) = rows["FaceTracker"], rows["FaceTracker and CutDetector"], max(((n, r) for n, r in rows.items() if not n.startswith("FaceTracker")), key=lambda nr: nr[1]["idf1"])
+    ours, cut = rows["FaceTracker"], rows["FaceTracker and CutDetector"]
+    rival, theirs = max(((n, r) for n, r in rows.items() if not n.startswith("FaceTracker")), key=lambda nr: nr[1]["idf1"])
     report("tracking", {"tracking": tracking, "cuts": count_cuts(list(zip(films, cuts))), "between": middle, "smoothing": steady, "install": install},
            question="Does a face keep its number in a video?",
-           answer=f"IDF1 {ours['idf1']:.2f} and {ours['switches']} switches among {ours['people']} faces that cross, vanish and are cut away, {cut['idf1']:.2f} and {cut['switches']} with CutDetector; by {rival}, the best of the others, {theirs['idf1']:.2f} and {theirs['switches']}",
-           data={"source": args.data.name if args.data else "synthetic_faces", "videos": args.videos, "seconds": 20, "faces": len(cast)}, yunet=yunet.name if yunet else None,
+           answer=f"IDF1 {ours['idf1']:.2f} and {ours['switches']} switches among {ours['people']} faces that cross, vanish and are cut away, "
+                  f"{cut['idf1']:.2f} and {cut['switches']} with CutDetector; "
+                  f"by {rival}, the best of the others, {theirs['idf1']:.2f} and {theirs['switches']}",
+           data={"source": args.data.name if args.data else "synthetic_faces", "videos": args.videos, "seconds": 20, "faces": len(cast)},
+           yunet=yunet.name if yunet else None,
            versions=_report.versions((*_report.PACKAGES, "motmetrics", "norfair", "trackers", "supervision", "scipy")),
-           command="python bench/tracking.py" + (f" --data {args.data.name}" if args.data else "") + (f" --yunet {args.yunet.name}" if args.yunet else "") + (" --quick" if args.quick else ""))
+           command="python bench/tracking.py" + (f" --data {args.data.name}" if args.data else "")
+                   + (f" --yunet {args.yunet.name}" if args.yunet else "") + (" --quick" if args.quick else ""))
 
 
 if __name__ == "__main__":

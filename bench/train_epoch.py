@@ -173,11 +173,14 @@ def main():
     share = statistics.median(a / b for a, b in zip(seconds["held batch"], seconds["engine"]))
     fine = share >= LIMIT_GPU if about["device"] == "cuda" else faster >= LIMIT_CPU
     report("train_epoch",
-           {"images_per_second": {k: round(v, 1) for k, v in rate.items()}, "times_the_plain_loop": round(faster, 2), "share_of_the_held_batch": round(share, 3),
+           {"images_per_second": {k: round(v, 1) for k, v in rate.items()},
+            "times_the_plain_loop": round(faster, 2), "share_of_the_held_batch": round(share, 3),
             "all_seconds_a_step": {k: [round(x, 4) for x in v] for k, v in seconds.items()}, "steps": args.steps, "rounds": args.rounds, "within_limits": fine},
            question="How much faster does the engine train than a plain loop?",
-           answer=f"{'with bf16 ' if about['bf16'] else ''}{faster:.1f} times as fast as PIL images, torchvision transforms and a DataLoader with {WORKERS} workers in fp32 "
-                  f"(`{about['arch']}`, batches of {about['bs']}: {rate['engine']:.0f} against {rate['plain']:.0f} faces/s), and at {share:.0%} of the rate of its bare step on a batch held in memory"
+           answer=f"{'with bf16 ' if about['bf16'] else ''}{faster:.1f} times as fast as PIL images, torchvision transforms "
+                  f"and a DataLoader with {WORKERS} workers in fp32 (`{about['arch']}`, batches of {about['bs']}: "
+                  f"{rate['engine']:.0f} against {rate['plain']:.0f} faces/s), "
+                  f"and at {share:.0%} of the rate of its bare step on a batch held in memory"
                   + ("" if fine else f"; {LIMIT_GPU:.0%} of it were asked for" if about["device"] == "cuda" else f"; {LIMIT_CPU} times were asked for"),
            data={"source": about["source"], "faces": about["faces"]}, limits={"cpu_times_the_plain_loop": LIMIT_CPU, "gpu_share_of_the_held_batch": LIMIT_GPU},
            recipe={k: about[k] for k in ("arch", "parameters", "bs", "bf16")}, device=about["device"], threads=about["threads"],

@@ -181,8 +181,9 @@ def main():
             "times_the_held_batch": {k: round(v, 3) for k, v in ratio.items()}, "steps": args.steps, "rounds": args.rounds,
             "all_seconds_a_step": {k: [round(x, 4) for x in v] for k, v in seconds.items()}, "within_limits": fine},
            question="Do the loaders hold training back?",
-           answer=f"a step through `fer_dls` takes {ratio['fer_dls']:.2f} times as long as on a batch held in memory, through "
-                  f"`ImageDataLoaders.from_folder` on png files {ratio['from_folder on png']:.2f} times ({median['held batch'] * 1000:.0f} ms for {bs} faces in {precision})",
+           answer=f"a step through `fer_dls` takes {ratio['fer_dls']:.2f} times as long as on a batch held in memory, "
+                  f"through `ImageDataLoaders.from_folder` on png files {ratio['from_folder on png']:.2f} times "
+                  f"({median['held batch'] * 1000:.0f} ms for {bs} faces in {precision})",
            data={"source": Path(found.source).name, "faces": len(found)}, limit_ratio=LIMIT,
            recipe={"name": args.recipe, "arch": recipe.arch, "parameters": count_parameters(step.model), "bs": bs, "precision": precision,
                    "augment": recipe.augment}, device=str(device), threads=torch.get_num_threads(), png_workers=WORKERS,

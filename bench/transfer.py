@@ -18,8 +18,10 @@ from _report import report
 LITE = "timm/tf_efficientnet_lite0"
 # row: (network, settings, pretrained)
 BODIES = {"EfficientNet-Lite0, ImageNet": (LITE, ["img_size=96", "freeze_epochs=1", "lr_mult=10"], True),
-          "EfficientNet-Lite0, empty": (LITE, ["img_size=96", "epochs=2"], False), "ResNet-18, empty": ("torchvision/resnet18", ["img_size=64"], False),
-          "MobileNetV3-Small, empty": ("timm/mobilenetv3_small_100", ["img_size=96"], False), "ViT-Tiny, empty": ("timm/vit_tiny_patch16_224", ["img_size=96"], False)}
+          "EfficientNet-Lite0, empty": (LITE, ["img_size=96", "epochs=2"], False),
+          "ResNet-18, empty": ("torchvision/resnet18", ["img_size=64"], False),
+          "MobileNetV3-Small, empty": ("timm/mobilenetv3_small_100", ["img_size=96"], False),
+          "ViT-Tiny, empty": ("timm/vit_tiny_patch16_224", ["img_size=96"], False)}
 COMMON = ["epochs=1", "bs=64", "optimizer=adamw", "lr=.001", "wd=.01", "ema=0", "label_smoothing=0", "class_weights=null"]
 EXAMPLES = """examples:
   python bench/transfer.py --data fer2013.csv --runs runs/transfer      the measurement, half an hour on two cores

@@ -67,14 +67,17 @@ def main():
     given_up, minutes = sum(r["state"] == "pruned" for r in rows), sum(r["minutes"] for r in rows)
     training, valid = (int((table.usage == usage).sum()) for usage in ("Training", "PublicTest"))
     report("tune",
-           {"rows": rows, "as_it_is": start, "best": study.best_value, "best_params": study.best_params, "trained_epochs": trained, "epochs_without_pruning": whole,
-            "given_up": given_up, "minutes": round(minutes, 2), "recipe": plain_recipe(best_recipe(study, recipe))},
+           {"rows": rows, "as_it_is": start, "best": study.best_value, "best_params": study.best_params,
+            "trained_epochs": trained, "epochs_without_pruning": whole, "given_up": given_up, "minutes": round(minutes, 2),
+            "recipe": plain_recipe(best_recipe(study, recipe))},
            question="What does a small search for hyper-parameters find?",
-           answer=f"of a network trained on {training:,} faces the best of {len(rows)} trials of {args.epochs} epochs scores {study.best_value:.1%} on {valid:,} PublicTest faces, the recipe as it is {start:.1%} "
+           answer=f"of a network trained on {training:,} faces the best of {len(rows)} trials of {args.epochs} epochs "
+                  f"scores {study.best_value:.1%} on {valid:,} PublicTest faces, the recipe as it is {start:.1%} "
                   f"(one standard error is {100 * (start * (1 - start) / valid) ** .5:.1f} points); {given_up} trials were given up early, "
                   f"so that {trained} of {whole} epochs were trained, in {minutes:.0f} minutes",
            data={"source": Path(table.source).name or "drawn faces", "training": training, "public_test": valid}, space=list(SPACE), seed=recipe.seed,
-           command="python bench/tune.py --runs runs/tune" + (f" --data {args.data.name}" if args.data else "") + f" --limit {args.limit} --epochs {args.epochs} --trials {args.trials}")
+           command="python bench/tune.py --runs runs/tune" + (f" --data {args.data.name}" if args.data else "")
+                   + f" --limit {args.limit} --epochs {args.epochs} --trials {args.trials}")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,8 @@ def theirs(python, path, options):
     "The same for `fer`"
     import cv2
     with tempfile.TemporaryDirectory() as folder:
-        result = start([python, "-c", FER, path, folder, json.dumps(options)], cwd=folder, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""})
+        result = start([python, "-c", FER, path, folder, json.dumps(options)], cwd=folder,
+                       env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""})
         written = [cv2.VideoCapture(str(p)) for p in Path(folder).glob("*.mp4")]
         return result | {"written": int(max((w.get(cv2.CAP_PROP_FRAME_COUNT) for w in written), default=0))}
 
@@ -193,8 +194,10 @@ def answer_of(rows, yunet, cores):
     "Like beside like: what is searched in every frame, and what in every third."
     def told(name, how):
         return f"{rows[name]['frames_per_second']:.3g} {how}" if name in rows else ""
-    ours = [told("fer_nbdev, annotated", f"frames/s with {'YuNet' if yunet else 'Haar'} in every third frame"), told("fer_nbdev, annotated, Haar", "with Haar in every third") if yunet else "",
-            told("fer_nbdev, annotated, detection in every frame", f"with {'YuNet' if yunet else 'Haar'} in every frame")]
+    detector = "YuNet" if yunet else "Haar"
+    ours = [told("fer_nbdev, annotated", f"frames/s with {detector} in every third frame"),
+            told("fer_nbdev, annotated, Haar", "with Haar in every third") if yunet else "",
+            told("fer_nbdev, annotated, detection in every frame", f"with {detector} in every frame")]
     theirs = [told("fer", "with Haar in every frame"), told("fer, frequency=3", "in every third")]
     return f"{', '.join(filter(None, ours))}, on {cores} cores" + f"; `fer` {', '.join(filter(None, theirs))}" * any(theirs)
 
@@ -223,14 +226,16 @@ def main():
         long = ours(path, {"out": True, "memory": minute}, yunet and yunet.absolute())
     peaks = long["peaks_mb"]
     grown, best = peaks[-1] - peaks[0], next((r for name, r in rows.items() if name == "fer_nbdev, annotated"), next(iter(rows.values())))
-    report("video", {"speed": rows, "memory": {"from_minute": 1 * minute / 60, "to_minute": minutes * minute / 60, "from_mb": peaks[0], "to_mb": peaks[-1], "grown_mb": round(grown, 1),
-                                               "peaks_mb": peaks, "frames": long["frames"], "seconds": round(long["seconds"], 1)},
+    report("video", {"speed": rows,
+                     "memory": {"from_minute": 1 * minute / 60, "to_minute": minutes * minute / 60, "from_mb": peaks[0], "to_mb": peaks[-1],
+                                "grown_mb": round(grown, 1), "peaks_mb": peaks, "frames": long["frames"], "seconds": round(long["seconds"], 1)},
                      "within_limits": bool(best["frames_per_second"] >= LIMIT_FPS and grown < LIMIT_MB)},
            question="How many frames of 720p with three faces does a second take, annotated?",
            answer=answer_of(rows, yunet is not None, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
            limits={"frames_per_second": LIMIT_FPS, "grown_mb": LIMIT_MB}, yunet=yunet.name if yunet else None, ffmpeg=bool(find_ffmpeg()),
            video={"size": [WIDTH, HEIGHT], "fps": FPS, "seconds": args.seconds, "faces": 3, "rounds": args.rounds},
-           command="python bench/video.py" + (f" --yunet {args.yunet.name}" if args.yunet else "") + (" --envs ../peers" if args.envs else "") + (" --quick" if args.quick else ""))
+           command="python bench/video.py" + (f" --yunet {args.yunet.name}" if args.yunet else "")
+                   + (" --envs ../peers" if args.envs else "") + (" --quick" if args.quick else ""))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ class Browser:
 
     def __enter__(self):
         from websockets.sync.client import connect
-        camera = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"] + ([f"--use-file-for-fake-video-capture={self.film}"] if self.film else [])
-        self.process = subprocess.Popen([self.program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0", "--no-first-run",
-                                         "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", f"--user-data-dir={self.profile}", *camera, "about:blank"],
+        camera = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+        if self.film: camera.append(f"--use-file-for-fake-video-capture={self.film}")
+        self.process = subprocess.Popen([self.program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                                         "--remote-debugging-port=0", "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+                                         f"--user-data-dir={self.profile}", *camera, "about:blank"],
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         port = self.profile / "DevToolsActivePort"
         self._until(lambda: port.is_file() and "\n" in port.read_text(), 60)

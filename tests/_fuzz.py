@@ -34,8 +34,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 SECONDS, MEGABYTES = 20, 1500  # what a case may take; the address space that a worker gets beyond what it starts with
 NUMBERS = (0, 1, 2, 3, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
-WORDS = (b"-1", b"256", b"007", b"4294967301", b"1e3", b"1.5", b"nan", b"inf", b"", b" ", b"\t", b"9" * 5000, "²".encode(), "٣".encode(), b"\xff\xfe", b"\0", b'"', b'""', b"'", b"+5",
-         b"0x10", b"True", b"null", b"~", b"[]", b"{}", b"[[[[", b"*a", b"&a", b"!!python/object/apply:os.system", b"<<", b"-", b"\n", b"\r", b"\r\n", b",", b",,", b":", b"#", b"../../x", b"2024-01-01", b"\xef\xbb\xbf", b"{0}", b"{row.__class__}")
+WORDS = (b"-1", b"256", b"007", b"4294967301", b"1e3", b"1.5", b"nan", b"inf", b"", b" ", b"\t", b"9" * 5000, "²".encode(), "٣".encode(),
+         b"\xff\xfe", b"\0", b'"', b'""', b"'", b"+5", b"0x10", b"True", b"null", b"~", b"[]", b"{}", b"[[[[", b"*a", b"&a",
+         b"!!python/object/apply:os.system", b"<<", b"-", b"\n", b"\r", b"\r\n", b",", b",,", b":", b"#", b"../../x", b"2024-01-01",
+         b"\xef\xbb\xbf", b"{0}", b"{row.__class__}")
 
 
 # ------------------------------------------------------------------------------------------------ mutations
@@ -83,7 +85,9 @@ def _lines(data, rng):
     if change == 0: del lines[i]
     elif change == 1: lines[i], lines[j] = lines[j], lines[i]
     elif change == 2: lines.insert(j, lines[i])
-    else: lines[i] = lines[i].replace(*rng.choice(((b"\n", b""), (b"\n", b"\r"), (b",", b";"), (b",", b",,"), (b" ", b"  "), (b" ", b"\t"), (b" ", b""))), rng.choice((1, 2)))
+    else:
+        swap = rng.choice(((b"\n", b""), (b"\n", b"\r"), (b",", b";"), (b",", b",,"), (b" ", b"  "), (b" ", b"\t"), (b" ", b"")))
+        lines[i] = lines[i].replace(*swap, rng.choice((1, 2)))
     data[:] = b"".join(lines)
 
 BINARY = (_flip, _flip, _overwrite, _number, _number, _number, _cut, _drop, _repeat, _insert)
@@ -144,7 +148,9 @@ class ImageBytes(Target):
         small = _images.picture(40, 30)
         seeds = [c.data for c in _images.good_cases() if len(c.data) < 20_000]
         for fmt in ("PPM", "TGA", "ICO", "JPEG2000", "PCX", "SGI", "DDS", "ICNS", "IM", "MSP", "QOI", "AVIF", "BLP"):
-            with contextlib.suppress(Exception): seeds.append(_images.stored(_images.Image.fromarray(small) if fmt != "MSP" else _images.Image.fromarray(small).convert("1"), fmt))
+            with contextlib.suppress(Exception):
+                image = _images.Image.fromarray(small)
+                seeds.append(_images.stored(image.convert("1") if fmt == "MSP" else image, fmt))
         return seeds
     def run(self, data):
         from fer_nbdev.core import read_image
@@ -210,7 +216,8 @@ class Fer2013Csv(Target):
             return told(e, str(path))
         right(expected is not None, "took a csv that is not one")
         right(len(t) == len(expected) and t.pixels.dtype == np.uint8, "another number of rows")
-        right(all((t.pixels[i].ravel() == p).all() and t.emotion[i] == e and t.usage[i] == ("Training", "PublicTest", "PrivateTest")[u] for i, (p, e, u) in enumerate(expected)), "other values")
+        right(all((t.pixels[i].ravel() == p).all() and t.emotion[i] == e and t.usage[i] == ("Training", "PublicTest", "PrivateTest")[u]
+                  for i, (p, e, u) in enumerate(expected)), "other values")
         return "ok"
 
 class Fer2013Archive(Target):
@@ -244,21 +251,25 @@ class Fer2013Cache(Target):
         from fer_nbdev.data import read_fer2013
         self.cache.write_bytes(data)
         t = read_fer2013(self.csv)
-        right(len(t) == len(self.table) and (t.pixels == self.table.pixels).all() and (t.emotion == self.table.emotion).all() and (t.usage == self.table.usage).all(), "the cache changed the table")
+        right(len(t) == len(self.table) and (t.pixels == self.table.pixels).all()
+              and (t.emotion == self.table.emotion).all() and (t.usage == self.table.usage).all(), "the cache changed the table")
         return "ok"
 
 class FerPlusCsv(Target):
     kinds = TEXT
     def make_seeds(self):
         from fer_nbdev.votes import FERPLUS_CLASSES
-        rows = [("Training", "fer0000000.png", 4, 0, 0, 1, 3, 2, 0, 0, 0, 0), ("PublicTest", "", 0, 0, 0, 0, 0, 0, 0, 0, 0, 10), ("PrivateTest", "fer0000002.png", 5, 5, 0, 0, 0, 0, 0, 0, 0, 0)]
+        rows = [("Training", "fer0000000.png", 4, 0, 0, 1, 3, 2, 0, 0, 0, 0),
+                ("PublicTest", "", 0, 0, 0, 0, 0, 0, 0, 0, 0, 10),
+                ("PrivateTest", "fer0000002.png", 5, 5, 0, 0, 0, 0, 0, 0, 0, 0)]
         return ["\n".join([",".join(["Usage", "Image name", *FERPLUS_CLASSES]), *(",".join(map(str, r)) for r in rows), ""]).encode()]
     def run(self, data):
         from fer_nbdev.votes import read_ferplus
         path = self.write("votes.csv", data)
         try: votes = read_ferplus(path)
         except ValueError as e: return told(e, str(path))
-        right(votes.votes.dtype == np.uint8 and votes.votes.shape == (len(votes.usage), 10) == (len(votes.dropped), 10) and votes.votes.max(initial=0) <= 10, "no votes")
+        right(votes.votes.dtype == np.uint8 and votes.votes.shape == (len(votes.usage), 10) == (len(votes.dropped), 10)
+              and votes.votes.max(initial=0) <= 10, "no votes")
         lines = [line.strip().split(",") for line in data.decode("utf-8-sig").splitlines()[1:] if line.strip()]
         right([[int(c) for c in cells[2:]] for cells in lines] == votes.votes.tolist(), "other votes")
         return "ok"
@@ -327,8 +338,11 @@ class Recipes(Target):
         from fer_nbdev.recipe import Recipe, list_recipes, plain_recipe, read_recipe
         import yaml
         seeds = [yaml.safe_dump(plain_recipe(read_recipe(n)), sort_keys=False).encode() for n in list(list_recipes())[:4]]
-        return [*seeds, b"arch: se_resnet\nepochs: 3\nlr: 5e-4\naugment:\n  rotate: 20\nclasses: [happy, sad]\nper_class: {Training: 10}\nstats: [.5, .25]\nvalid: .1\n",
-                b"{schedule: plateau, schedule_args: {factor: .5, patience: 3}, arch_args: {width: 16}, pretrained: a.pt, patience: 4, clip: 1}", json.dumps(plain_recipe(Recipe())).encode()]
+        return [*seeds,
+                b"arch: se_resnet\nepochs: 3\nlr: 5e-4\naugment:\n  rotate: 20\nclasses: [happy, sad]\n"
+                b"per_class: {Training: 10}\nstats: [.5, .25]\nvalid: .1\n",
+                b"{schedule: plateau, schedule_args: {factor: .5, patience: 3}, arch_args: {width: 16}, pretrained: a.pt, patience: 4, clip: 1}",
+                json.dumps(plain_recipe(Recipe())).encode()]
     def run(self, data):
         from fer_nbdev.recipe import plain_recipe, read_recipe, write_recipe
         path = self.write("case.yaml", data)
@@ -344,8 +358,10 @@ class Findings(Target):
     kinds = TEXT
     def make_seeds(self):
         head = "row,usage,kind,label,suggested,score,related,ferplus,votes,action,new_label,pixels"
-        rows = ["3,Training,copy,happy,,1.0,1,happy,9,drop,,p00aa", "5,Training,label,sad,angry,0.71,,,4,relabel,angry,pbb11", '8,PublicTest,not a face,fear,,0.5,,"not a face",10,keep,,pc0ffee']
-        return ["\n".join([head, *rows, ""]).encode(), "\r\n".join(["\ufeff" + head, *rows]).encode(), "\n".join([head, *(f'"{r.replace(chr(44), chr(34) + chr(44) + chr(34))}"' for r in rows[:2])]).encode()]
+        rows = ["3,Training,copy,happy,,1.0,1,happy,9,drop,,p00aa", "5,Training,label,sad,angry,0.71,,,4,relabel,angry,pbb11",
+                '8,PublicTest,not a face,fear,,0.5,,"not a face",10,keep,,pc0ffee']
+        quoted = ['"' + r.replace(",", '","') + '"' for r in rows[:2]]
+        return ["\n".join([head, *rows, ""]).encode(), "\r\n".join(["\ufeff" + head, *rows]).encode(), "\n".join([head, *quoted]).encode()]
     def run(self, data):
         from fer_nbdev.clean import ACTIONS, FINDING_KINDS, read_findings, write_findings
         path = self.write("findings.csv", data)
@@ -363,7 +379,8 @@ class CheckpointFile(Target):
         import torch
         from fer_nbdev.callbacks import _pack, save_weights
         tensors = {}
-        tree = _pack(dict(model=dict(w=torch.arange(6.).reshape(2, 3), b=torch.ones(2)), opt=dict(state=[dict(step=torch.tensor(3.))], hypers=[dict(lr=.1)]), ema=None), tensors)
+        tree = _pack(dict(model=dict(w=torch.arange(6.).reshape(2, 3), b=torch.ones(2)),
+                          opt=dict(state=[dict(step=torch.tensor(3.))], hypers=[dict(lr=.1)]), ema=None), tensors)
         save_weights(tensors, self.folder / "seed.safetensors", dict(epoch=1, rows=[dict(epoch=0, accuracy=.2), dict(epoch=1, accuracy=.3)], state=tree))
         return [(self.folder / "seed.safetensors").read_bytes()]
     def run(self, data):
@@ -391,9 +408,12 @@ class Weights(CheckpointFile):
         right(state and all(hasattr(v, "shape") for v in state.values()), "no weights")
         return "ok"
 
-TARGETS = {"image bytes": ImageBytes, "image path": ImagePath, "image PIL": ImagePIL, "fer2013 csv": Fer2013Csv, "fer2013 archive": Fer2013Archive, "fer2013 cache": Fer2013Cache, "fer+ csv": FerPlusCsv,
-           "class folders": Folder, "card": Card, "graph": Graph, "recipe": Recipes, "findings": Findings, "checkpoint": CheckpointFile, "transfer weights": Weights}
-LIGHT = ("image bytes", "image path", "image PIL", "fer2013 csv", "fer2013 archive", "fer2013 cache", "fer+ csv", "class folders", "card", "graph")  # need no torch
+TARGETS = {"image bytes": ImageBytes, "image path": ImagePath, "image PIL": ImagePIL,
+           "fer2013 csv": Fer2013Csv, "fer2013 archive": Fer2013Archive, "fer2013 cache": Fer2013Cache, "fer+ csv": FerPlusCsv,
+           "class folders": Folder, "card": Card, "graph": Graph, "recipe": Recipes, "findings": Findings,
+           "checkpoint": CheckpointFile, "transfer weights": Weights}
+LIGHT = ("image bytes", "image path", "image PIL", "fer2013 csv", "fer2013 archive", "fer2013 cache", "fer+ csv",
+         "class folders", "card", "graph")  # need no torch
 
 
 # ------------------------------------------------------------------------------------------------ one process, many cases
@@ -435,7 +455,8 @@ def work(name, seed, first, cases, seconds, mark=None):
             try: kind = target.run(data)
             except BaseException as e:
                 where = [f for f in traceback.extract_tb(e.__traceback__) if "fer_nbdev" in f.filename]
-                key = f"{type(e).__name__}: {str(e)[:90].replace(folder, '')}" if isinstance(e, Wrong) else f"{type(e).__name__} in {where[-1].name if where else '?'}"
+                if isinstance(e, Wrong): key = f"{type(e).__name__}: {str(e)[:90].replace(folder, '')}"
+                else: key = f"{type(e).__name__} in {where[-1].name if where else '?'}"
                 ended["failures"].setdefault(key, []).append(n)
             else: ended["error" if kind == "error" else "ok"] += 1
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -460,8 +481,11 @@ def run(name, seed=0, first=0, cases=None, seconds=None):
                 at = mark.read(8)
                 if len(at) < 8: raise RuntimeError(f"{name} could not begin: {done.stderr[-2000:]}")
                 at, = struct.unpack("<q", at)
-                kind = "hang" if done.returncode == -signal.SIGALRM else f"crash, signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}: {done.stderr[-200:]}"
-                part = dict(ok=0, error=0, failures={kind: [at]}, slowest=[0., -1], peak=[0., -1], cases=at - first + 1, seconds=time.perf_counter() - begun, peak_mb=0.)
+                if done.returncode == -signal.SIGALRM: kind = "hang"
+                elif done.returncode < 0: kind = f"crash, signal {-done.returncode}"
+                else: kind = f"exit code {done.returncode}: {done.stderr[-200:]}"
+                part = dict(ok=0, error=0, failures={kind: [at]}, slowest=[0., -1], peak=[0., -1], cases=at - first + 1,
+                            seconds=time.perf_counter() - begun, peak_mb=0.)
         total = part if total is None else _joined(total, part)
         if done.returncode == 0: return dict(total, target=name, seed=seed)
         first = at + 1
@@ -471,7 +495,8 @@ def run(name, seed=0, first=0, cases=None, seconds=None):
 
 def _joined(a, b):
     failures = {k: a["failures"].get(k, []) + b["failures"].get(k, []) for k in {**a["failures"], **b["failures"]}}
-    return dict(failures=failures, slowest=max(a["slowest"], b["slowest"]), peak=max(a["peak"], b["peak"]), peak_mb=max(a["peak_mb"], b["peak_mb"]), **{k: a[k] + b[k] for k in ("ok", "error", "cases", "seconds")})
+    return dict(failures=failures, slowest=max(a["slowest"], b["slowest"]), peak=max(a["peak"], b["peak"]),
+                peak_mb=max(a["peak_mb"], b["peak_mb"]), **{k: a[k] + b[k] for k in ("ok", "error", "cases", "seconds")})
 
 def save_case(name, seed, number, folder):
     "Make a case again and keep its bytes."

@@ -174,7 +174,8 @@ def good_cases():
     colours = np.asarray(few.convert("RGB"))
     shares = (np.arange(16) * 17).astype(np.uint8)
     through = shares[np.asarray(few)][..., None] / 255
-    yield Case("palette with alpha, png", stored(few, "PNG", transparency=shares.tobytes()), np.round(colours * through + 255 * (1 - through)).astype(np.uint8), close=1.)
+    faded = np.round(colours * through + 255 * (1 - through)).astype(np.uint8)
+    yield Case("palette with alpha, png", stored(few, "PNG", transparency=shares.tobytes()), faded, close=1.)
     keyed = np.where((np.asarray(few) == 3)[..., None], 255, colours).astype(np.uint8)
     yield Case("palette with one clear colour, gif", stored(few, "GIF", transparency=3), keyed)
     yield Case("4-bit palette png", stored(few, "PNG", bits=4), colours)
@@ -214,7 +215,9 @@ def bad_cases():
     for name, data in {"words": b"these are words, not pixels", "zeros": bytes(5000), "html": b"<!doctype html><p>404 not found", "zip": b"PK\3\4" + bytes(100),
                        "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>', "pickle": b"\x80\x04K\x01.", "mp4": b"\0\0\0 ftypisom" + bytes(200)}.items():
         yield Case(f"{name} instead of an image", data, error="not an image", suffix=".jpg")
-    yield Case("postscript, which Ghostscript would run", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n%%EOF\n", error="PostScript", suffix=".eps")
+    yield Case("postscript, which Ghostscript would run",
+               b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n%%EOF\n",
+               error="PostScript", suffix=".eps")
     yield Case("no columns, png", png_of(0, 5), error="")
     yield Case("no rows, bmp", plain["bmp"][:22] + struct.pack("<i", 0) + plain["bmp"][26:], error="")
     yield Case("no rows, jpeg", plain["jpeg"].replace(struct.pack(">HH", 48, 64), struct.pack(">HH", 0, 64), 1), error="")
@@ -222,7 +225,8 @@ def bad_cases():
     yield Case("declares 60,000 a side, gif", plain["gif"][:6] + struct.pack("<HH", 60_000, 60_000) + plain["gif"][10:], error="max_pixels")
     yield Case("declares 65,500 a side, jpeg", plain["jpeg"].replace(struct.pack(">HH", 48, 64), struct.pack(">HH", 65_500, 65_500), 1), error="max_pixels")
     yield Case("declares 100,000 a side, bmp", plain["bmp"][:18] + struct.pack("<ii", 100_000, 100_000) + plain["bmp"][26:], error="max_pixels")
-    size = [(256, 4, 1, 200_000), (257, 4, 1, 200_000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, "strip"), (277, 3, 1, 1), (278, 4, 1, 200_000), (279, 4, 1, 4)]
+    size = [(256, 4, 1, 200_000), (257, 4, 1, 200_000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
+            (273, 4, 1, "strip"), (277, 3, 1, 1), (278, 4, 1, 200_000), (279, 4, 1, 4)]
     yield Case("declares 200,000 a side, tiff", tiff_of(size, b"abcd"), error="max_pixels")
     yield Case("a bomb: 200 million pixels in 100 kB", black_png(20_000, 10_000), error="max_pixels")
     yield Case("a bomb inside an icon", ico_around(black_png(30_000, 20_000)), error="", suffix=".ico")

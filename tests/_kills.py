@@ -47,7 +47,8 @@ class Findings(Writer):
     def prepare(self):
         import pandas as pd
         from fer_nbdev.clean import _COLUMNS
-        row = dict(row=3, usage="Training", kind="copy", label="happy", suggested="", score=1., related=5, ferplus="", votes=9, action="drop", new_label="", pixels="p00")
+        row = dict(row=3, usage="Training", kind="copy", label="happy", suggested="", score=1., related=5,
+                   ferplus="", votes=9, action="drop", new_label="", pixels="p00")
         self.table = pd.DataFrame([row] * 3000)[list(_COLUMNS)]
     def write(self, version):
         from fer_nbdev.clean import write_findings
@@ -172,7 +173,9 @@ class Yunet(Writer):
         from unittest.mock import patch
         from fer_nbdev import detect
         data = f"{version:08d}".encode() * 25_000
-        with patch.object(detect, "YUNET_SHA256", hashlib.sha256(data).hexdigest()), patch.object(detect, "_download", lambda url, timeout: data), patch.dict(os.environ, FER_CACHE=str(self.path.parent)):
+        with (patch.object(detect, "YUNET_SHA256", hashlib.sha256(data).hexdigest()),
+              patch.object(detect, "_download", lambda url, timeout: data),
+              patch.dict(os.environ, FER_CACHE=str(self.path.parent))):
             detect.fetch_yunet()
     def version(self):
         data = self.path.read_bytes()
@@ -194,7 +197,8 @@ class Report(Writer):
         assert {p.name for p in self.path.iterdir() if not p.name.startswith(".")} == self.FILES
         for p in self.path.glob("[!.]*.png"): Image.open(p).load()
         page, plain = (self.path / "report.html").read_text(), (self.path / "report.txt").read_text()
-        said = {int(text.rpartition("version-")[2].split()[0].strip(",:;")) for text in (json.loads((self.path / "scores.json").read_text())["about"]["model"], plain.split(",")[0].split(":")[0])}
+        model = json.loads((self.path / "scores.json").read_text())["about"]["model"]
+        said = {int(text.rpartition("version-")[2].split()[0].strip(",:;")) for text in (model, plain.split(",")[0].split(":")[0])}
         assert page.rstrip().endswith("</html>") and max(said) - min(said) <= 1, said  # all is put in place at the end, but file by file
         return max(said)
 
@@ -227,7 +231,10 @@ def kill(process, delay):
     return ([int(text) for word, text in lines if word == wanted] for wanted in ("begin", "done"))
 
 def rounds(name, kills, seed=0):
-    "Kill a writer so many times, in one folder. Returns how often the old version stood there and how often the one in the making; raises AssertionError about a half one."
+    """Kill a writer so many times, in one folder. Raises AssertionError about a half one.
+
+    Returns how often the old version stood there and how often the one in the making.
+    """
     rng, found = random.Random(f"{name} {seed}"), dict(kills=0, old=0, new=0, between=0, leftovers=0)
     with tempfile.TemporaryDirectory() as folder:
         writer = WRITERS[name](folder)
@@ -240,7 +247,8 @@ def rounds(name, kills, seed=0):
             begun, done = kill(begin(writer, last + 1), rng.uniform(0, 2.5 * took))
             finished, making = (done or [last])[-1], (begun or [last])[-1]
             there = writer.version()
-            assert writer.same(there, finished) or writer.same(there, making), f"{name}: version {there} is there; {finished} was finished, {making} in the making"
+            known = writer.same(there, finished) or writer.same(there, making)
+            assert known, f"{name}: version {there} is there; {finished} was finished, {making} in the making"
             found["kills"] += 1
             found["between" if finished == making else "old" if writer.same(there, finished) else "new"] += 1
             last = finished if writer.same(there, finished) else making
@@ -253,7 +261,8 @@ def _train(table, out):
     "Three epochs of a tiny network; goes on where the run in `out` stopped."
     from fer_nbdev.recipe import Recipe
     from fer_nbdev.train import train
-    train(Recipe(arch="fast_resnet", arch_args=dict(widths=[4, 4, 4], blocks=[0, 0, 0]), epochs=3, bs=56, precision="fp32", lr=.01), table, out, resume=True, device="cpu", progress=False)
+    recipe = Recipe(arch="fast_resnet", arch_args=dict(widths=[4, 4, 4], blocks=[0, 0, 0]), epochs=3, bs=56, precision="fp32", lr=.01)
+    train(recipe, table, out, resume=True, device="cpu", progress=False)
 
 def _in_child(work):
     "Do something in a forked process (PyTorch's gradients do not survive a fork); returns its number and what it says at the end."

@@ -23,6 +23,7 @@ def model_folder(folder, graph, classes, **about):
     "A folder with this graph and a card that vouches for it."
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(graph)
-    card = dict(format=1, name=folder.name, classes=list(classes), img_size=48, files={"model.onnx": dict(sha256=hashlib.sha256(graph).hexdigest(), bytes=len(graph))}) | about
+    files = {"model.onnx": dict(sha256=hashlib.sha256(graph).hexdigest(), bytes=len(graph))}
+    card = dict(format=1, name=folder.name, classes=list(classes), img_size=48, files=files) | about
     (folder / "card.json").write_text(json.dumps(card), encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""Probabilities that are made true: a planted fault is found, chance is not, the fit is the minimum that it claims, and every graph gives what the formula says."""
+"""Probabilities that are made true: a planted fault is found, chance is not, the fit is the minimum it claims, every graph gives what the formula says."""
 import json
 
 import numpy as np
@@ -94,12 +94,15 @@ def test_nothing_near_the_fit_is_better():
         c = fit_calibration(given, truth, method)
         best = loss(np.array(c.scale), np.array(c.bias), c.power)
         for step in (.1, .01):
-            assert all(loss(c.scale + rng.normal(0, step, 7), c.bias + rng.normal(0, step, 7), c.power * np.exp(bends * rng.normal(0, step))) > best for _ in range(50))
+            for _ in range(50):
+                beside = c.scale + rng.normal(0, step, 7), c.bias + rng.normal(0, step, 7), c.power * np.exp(bends * rng.normal(0, step))
+                assert loss(*beside) > best
 
 
 def test_folds_that_do_not_fit_and_unknown_methods_are_refused():
     probs, truth = answers(8)
-    for settings, says in ((dict(method="platt"), "expected auto, none, temperature, vector, power"), (dict(folds=9), "8 rows in 9 parts"), (dict(folds=1), "at least two parts")):
+    for settings, says in ((dict(method="platt"), "expected auto, none, temperature, vector, power"),
+                           (dict(folds=9), "8 rows in 9 parts"), (dict(folds=1), "at least two parts")):
         with pytest.raises(ValueError, match=says):
             fit_calibration(probs, truth, **settings)
 
@@ -130,7 +133,8 @@ def test_a_bundled_graph_does_what_its_card_says(name, tmp_path):
 def test_what_is_no_probability_is_refused():
     probs = np.random.default_rng(0).dirichlet(np.ones(7), 50)
     emotion = np.arange(50) % 7
-    for wrong, labels in ((np.log(probs), emotion), (np.log(probs) + 5, emotion), (probs * np.nan, emotion), (probs, emotion - 1), (probs, emotion + 1), (probs, emotion[:-1])):
+    for wrong, labels in ((np.log(probs), emotion), (np.log(probs) + 5, emotion), (probs * np.nan, emotion),
+                          (probs, emotion - 1), (probs, emotion + 1), (probs, emotion[:-1])):
         with pytest.raises(ValueError):
             fit_calibration(wrong, labels)
     assert fit_calibration(probs, emotion.tolist()) == fit_calibration(probs, emotion)

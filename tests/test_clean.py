@@ -91,7 +91,8 @@ def test_copies_made_by_opencv_are_found_with_their_map():
     moved = np.stack([np.roll(f, (2, -3), (0, 1)) for f in table.pixels[:20]])
     bright = cv2.LUT(table.pixels[20:40].reshape(20, -1), np.clip(np.arange(256) * .7 + 60, 0, 255).astype(np.uint8)).reshape(20, 48, 48)
     flipped = np.stack([cv2.flip(f, 1) for f in table.pixels[40:60]])
-    more = FER2013(np.concatenate([table.pixels, moved, bright, flipped]), np.concatenate([table.emotion, table.emotion[:60]]), np.concatenate([table.usage, table.usage[:60]]))
+    more = FER2013(np.concatenate([table.pixels, moved, bright, flipped]),
+                   np.concatenate([table.emotion, table.emotion[:60]]), np.concatenate([table.usage, table.usage[:60]]))
     near = find_near_duplicates(more)
     assert near.pairs.tolist() == [[i, i + 70] for i in range(60)]
     assert near.mirrored.tolist() == [False] * 40 + [True] * 20
@@ -110,7 +111,8 @@ def test_a_search_does_not_depend_on_the_order_of_the_rows():
 def test_exact_copies_are_part_of_the_result_and_gray_is_nobodys_copy():
     faces = textured(synthetic_faces(28))
     gray = np.full((3, 48, 48), 7, np.uint8); gray[1] += 1
-    table = FER2013(np.concatenate([faces.pixels, faces.pixels[:5], gray]), np.zeros(36, np.int64), np.array(["Training"] * 28 + ["PrivateTest"] * 5 + ["Training"] * 3))
+    usage = np.array(["Training"] * 28 + ["PrivateTest"] * 5 + ["Training"] * 3)
+    table = FER2013(np.concatenate([faces.pixels, faces.pixels[:5], gray]), np.zeros(36, np.int64), usage)
     near, exact = find_near_duplicates(table), find_duplicates(table)
     assert near.first.tolist() == exact.first.tolist() and len(near.pairs) == 0
     assert near.leaks().sum() == 5 and near.groups[-1] == [33, 35]

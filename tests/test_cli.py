@@ -48,14 +48,16 @@ def test_training_leaves_a_model_and_its_report(trained):
     folder, said = trained
     card = json.loads((folder / "run/model/card.json").read_text())
     assert f"PrivateTest: accuracy {card['scores']['PrivateTest']['accuracy']:.1%}" in said
-    assert {p.name for p in (folder / "run").iterdir()} >= {"recipe.yaml", "run.json", "history.csv", "history.json", "curves.png", "best.safetensors", "last.safetensors", "model", "report"}
+    assert {p.name for p in (folder / "run").iterdir()} >= {
+        "recipe.yaml", "run.json", "history.csv", "history.json", "curves.png", "best.safetensors", "last.safetensors", "model", "report"}
     assert json.loads(_fer("predict --model run/model --json"))["faces"][0]["emotion"] in card["classes"]
 
 
 def test_training_says_first_what_it_is_about_to_do(trained):
     folder, said = trained
     about = json.loads((folder / "run/run.json").read_text())
-    line = rf"synthetic: {about['recipe']['arch']}, {about['n_params']:,} parameters, 2 epochs on (cpu|cuda\S*|mps\S*) in (bf16|fp32); folder {re.escape(str(folder / 'run'))} "
+    line = (rf"synthetic: {about['recipe']['arch']}, {about['n_params']:,} parameters, 2 epochs on (cpu|cuda\S*|mps\S*) in (bf16|fp32); "
+            rf"folder {re.escape(str(folder / 'run'))} ")
     assert re.search(line, said[:said.index("train_loss")]), said
 
 
@@ -110,7 +112,8 @@ def test_finished_models_are_joined(trained):
 def test_votes_are_translated_on_demand(trained):
     folder, _ = trained
     usage, columns = synthetic_faces(280).usage, "neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
-    (folder / "votes.csv").write_text(f"Usage,Image name,{columns}\n" + "".join(f"{u},f{i}.png,{10 - i % 5},0,0,{i % 5},0,0,0,0,0,0\n" for i, u in enumerate(usage)))
+    rows = "".join(f"{u},f{i}.png,{10 - i % 5},0,0,{i % 5},0,0,0,0,0,0\n" for i, u in enumerate(usage))
+    (folder / "votes.csv").write_text(f"Usage,Image name,{columns}\n" + rows)
     _fer("train --data fer2013.csv --recipe synthetic --set epochs=1 --votes votes.csv --translate --set soft_share=.5 --out voted")
     assert json.loads((folder / "voted/run.json").read_text())["data"]["soft"] == "chances of the labels, told from the votes of FER+"
     assert "--votes" in _fer("train --data fer2013.csv --recipe synthetic --translate --out nothing", code=2)
@@ -139,7 +142,8 @@ def test_nothing_is_resumed_where_nothing_was_begun(trained, monkeypatch):
 def test_what_is_cheap_to_check_is_checked_before_the_data_is_read(trained, monkeypatch):
     def read(*_): raise AssertionError("the data was read")
     monkeypatch.setattr("fer_nbdev.cli._read_data", read)
-    for line, said in {"train --recipe nosuch": "unknown recipe 'nosuch'", "train --set epochs=none": "epochs", "evaluate nosuch": "unknown model 'nosuch'", "evaluate nosuch.onnx": "no ONNX file 'nosuch.onnx'",
+    for line, said in {"train --recipe nosuch": "unknown recipe 'nosuch'", "train --set epochs=none": "epochs",
+                       "evaluate nosuch": "unknown model 'nosuch'", "evaluate nosuch.onnx": "no ONNX file 'nosuch.onnx'",
                        "evaluate fast --split nosuch": "unknown split 'nosuch'", "evaluate fast --compare nosuch": "unknown model 'nosuch'"}.items():
         assert said in _fer(f"{line} --data fer2013.csv", code=2)
 
@@ -182,7 +186,8 @@ def test_help_has_examples_that_can_be_typed(name, tmp_path, monkeypatch):
 
 def test_commands_are_listed_by_what_they_are_for():
     listed = typer.main.get_command(app).list_commands(None)
-    assert sorted(listed) == sorted(COMMANDS) and [k for k, _ in itertools.groupby(listed, lambda name: COMMANDS[name].rich_help_panel)] == ["Use", "Train", "Understand", "Deploy"]
+    assert sorted(listed) == sorted(COMMANDS)
+    assert [k for k, _ in itertools.groupby(listed, lambda name: COMMANDS[name].rich_help_panel)] == ["Use", "Train", "Understand", "Deploy"]
 
 
 def test_models_tells_all_of_one_and_cards_for_programs():
@@ -193,7 +198,9 @@ def test_models_tells_all_of_one_and_cards_for_programs():
 
 def test_the_shell_completes_names_without_waiting_for_torch(tmp_path):
     "As bash asks for them; where no name fits, the answer is empty, and bash offers files."
-    code = "import sys, atexit; sys.argv = ['fer']; atexit.register(lambda: print([m for m in ('torch', 'onnxruntime', 'fastai', 'sklearn') if m in sys.modules])); from fer_nbdev.cli import main; main()"
+    code = ("import sys, atexit; sys.argv = ['fer']; "
+            "atexit.register(lambda: print([m for m in ('torch', 'onnxruntime', 'fastai', 'sklearn') if m in sys.modules])); "
+            "from fer_nbdev.cli import main; main()")
     def completed(line):
         env = {**os.environ, "_FER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
         *names, heavy = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -207,17 +214,21 @@ def test_the_shell_completes_names_without_waiting_for_torch(tmp_path):
 
 def test_options_of_predicting_reach_the_predictor(trained):
     portrait = str(sample_portrait())
-    for options, settings in {"": {}, "--margin .2": dict(margin=.2), "--tta": dict(tta=True), "--threads 1 --provider cpu": dict(threads=1, providers=["cpu"])}.items():
+    for options, settings in {"": {}, "--margin .2": dict(margin=.2), "--tta": dict(tta=True),
+                              "--threads 1 --provider cpu": dict(threads=1, providers=["cpu"])}.items():
         face, = json.loads(_fer(f"predict --model fast --json {options}"))["faces"]
         wanted, = Predictor("fast", **settings).predict(portrait)
         assert face["probs"] == pytest.approx(wanted.probs, abs=1e-5) and face["box"] == list(wanted.box), options
-    assert Predictor("fast", margin=.2)(portrait) != Predictor("fast")(portrait) != Predictor("fast", tta=True)(portrait)  # so each of them could be told from none
+    # so each of them could be told from none
+    assert Predictor("fast", margin=.2)(portrait) != Predictor("fast")(portrait) != Predictor("fast", tta=True)(portrait)
     assert "abacus" in _fer("predict --model fast --provider abacus", code=2)
 
 
 def test_views_are_averaged_where_scores_are_asked_for(trained):
     table = read_fer2013("fer2013.csv")
-    plain, averaged = (json.loads(CliRunner().invoke(app, f"evaluate fast --data fer2013.csv --json {options}".split()).stdout)["scores"] for options in ("", "--tta"))
+    def scores(options):
+        return json.loads(CliRunner().invoke(app, f"evaluate fast --data fer2013.csv --json {options}".split()).stdout)["scores"]
+    plain, averaged = scores(""), scores("--tta")
     for said, tta in ((plain, False), (averaged, True)):
         assert said["log_loss"] == pytest.approx(evaluate_model(Predictor("fast", tta=tta), table, "private").scores["log_loss"], abs=1e-5)
     assert plain["log_loss"] != averaged["log_loss"]
@@ -247,7 +258,8 @@ def test_test_splits_can_be_prepared_as_one_folder(trained):
 
 def test_a_teacher_is_named_on_the_command_line(trained):
     folder, _ = trained
-    _fer("train --data fer2013.csv --recipe synthetic --set epochs=1 --set class_weights=null --set label_smoothing=0 --set soft_share=.5 --teacher fast --out taught")
+    _fer("train --data fer2013.csv --recipe synthetic --set epochs=1 --set class_weights=null --set label_smoothing=0 "
+         "--set soft_share=.5 --teacher fast --out taught")
     teacher, = json.loads((folder / "taught/run.json").read_text())["teachers"]
     assert json.loads((folder / "taught/run.json").read_text())["recipe"]["teachers"] == ["fast"] and teacher
 
@@ -285,8 +297,9 @@ def test_what_an_option_cannot_do_is_said(trained):
     graph = folder / "run/model/model.onnx"
     shutil.copy(graph, folder / "alone.onnx")
     assert "without a card" in _fer("evaluate alone.onnx --data fer2013.csv --tta", code=2)
-    with_card, of_folder = (json.loads(CliRunner().invoke(app, f"evaluate {m} --data fer2013.csv --tta --json".split()).stdout)["scores"]["log_loss"] for m in (graph, graph.parent))
-    assert with_card == of_folder
+    def loss(model):
+        return json.loads(CliRunner().invoke(app, f"evaluate {model} --data fer2013.csv --tta --json".split()).stdout)["scores"]["log_loss"]
+    assert loss(graph) == loss(graph.parent)  # the card lies beside it
     assert "weights are what they are" in _fer("export fast whole --float32 --data fer2013.csv", code=2)
     assert "device='abacus' cannot be used here" in _fer("train --data fer2013.csv --recipe synthetic --device abacus --out nothing", code=2)
 
@@ -295,12 +308,16 @@ def test_what_is_wrong_is_said_with_what_would_be_right(trained):
     "A file in the place of a folder, a name that nobody knows, a slip in a field: before anything is read or written."
     folder, _ = trained
     (folder / "notes.txt").write_text("mine")
-    for command in ("predict --annotate", "train --set epochs=1 --out", "tune --search lr=log:1e-3:1e-1 --out", "evaluate fast --data fer2013.csv --out", "export fast", "prepare fer2013.csv"):
+    for command in ("predict --annotate", "train --set epochs=1 --out", "tune --search lr=log:1e-3:1e-1 --out",
+                    "evaluate fast --data fer2013.csv --out", "export fast", "prepare fer2013.csv"):
         assert "notes.txt is a file: expected a folder" in _fer(f"{command} notes.txt", code=2)
     bundled = ", ".join(bundled_models())
-    for line, said in {"export nosuch out": f"there is no run, model folder or file 'nosuch', and no bundled model of that name: these are {bundled}", "train --set epoch=3": "no setting epoch: did you mean epochs? expected among name, about",
-                       "train --set augment.rotatee=3": "did you mean rotate?", "train --device foo": "expected cpu, cuda or mps", "tune --search lr=1:2 --device foo": "expected cpu, cuda or mps",
-                       "tune": "--search lr=log:1e-3:1e-1", "train --teacher nosuch": "unknown model 'nosuch'"}.items():
+    for line, said in {"export nosuch out": "there is no run, model folder or file 'nosuch', "
+                                            f"and no bundled model of that name: these are {bundled}",
+                       "train --set epoch=3": "no setting epoch: did you mean epochs? expected among name, about",
+                       "train --set augment.rotatee=3": "did you mean rotate?", "train --device foo": "expected cpu, cuda or mps",
+                       "tune --search lr=1:2 --device foo": "expected cpu, cuda or mps", "tune": "--search lr=log:1e-3:1e-1",
+                       "train --teacher nosuch": "unknown model 'nosuch'"}.items():
         assert said in _fer(line, code=2)
     assert (folder / "notes.txt").read_text() == "mine" and not (folder / "search").exists()
 
@@ -321,7 +338,8 @@ def test_the_home_folder_is_found_after_an_equals_sign_too(trained, tmp_path):
     shutil.copy(sample_portrait(), tmp_path / "photos/a.png")
     before = (tmp_path / "photos/a.png").read_bytes()
     env = {**os.environ, "HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
-    for line in ("predict ~/photos --model fast --annotate=~/photos", "train --set epochs=1 --out=~/run", "export ~/run ~/m", "evaluate ~/m --data fer2013.csv --out=~/report"):
+    for line in ("predict ~/photos --model fast --annotate=~/photos", "train --set epochs=1 --out=~/run",
+                 "export ~/run ~/m", "evaluate ~/m --data fer2013.csv --out=~/report"):
         done = subprocess.run([sys.executable, "-m", "fer_nbdev", *line.split()], cwd=trained[0], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "photos/a.png").read_bytes() == before and (tmp_path / "photos/a-2.png").exists()
@@ -336,4 +354,5 @@ def test_torchrun_may_start_the_same_command_again(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="leave --recipe"):
         _train_recipe(tmp_path, "fast", "fer2013", ["epochs=3"], resume=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert _train_recipe(tmp_path, "fast", "fer2013", ["epochs=3"], resume=True) == recipe and _train_recipe(tmp_path, None, "fer2013", None, resume=True) is None
+    assert _train_recipe(tmp_path, "fast", "fer2013", ["epochs=3"], resume=True) == recipe
+    assert _train_recipe(tmp_path, None, "fer2013", None, resume=True) is None

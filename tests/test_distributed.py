@@ -279,8 +279,9 @@ def test_fer_train_goes_on_under_torchrun(drawn, killed, tmp_path):
     "The command line on two ranks: resumed, exported, reported, each once."
     write_csv(TABLE, tmp_path / "faces.csv")
     shutil.copytree(killed[0], tmp_path / "run")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-                           "-m", "fer_nbdev", "train", "--resume", "--data", "faces.csv", "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
+                           "localhost:0", "-m", "fer_nbdev", "train", "--resume", "--data", "faces.csv", "--device", "cpu"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert scores(tmp_path / "run") == scores(drawn[0] / "whole")
     for line, times in {"train_loss": 2, "model: ": 1, "report: ": 1, "try it: fer predict": 1}.items():

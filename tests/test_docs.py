@@ -52,7 +52,8 @@ def _texts(page):
 
 def _slugs(page):
     "The anchors that the headings of a page get: Quarto's in a notebook, GitHub's in a Markdown file."
-    headings = [h for where, text in _texts(page) if not where.startswith("output") for h in re.findall(r"^#+\s+(.+?)\s*(?:\{[^}]*\})?\s*$", _without_code(text), re.M)]
+    heading = re.compile(r"^#+\s+(.+?)\s*(?:\{[^}]*\})?\s*$", re.M)
+    headings = [h for where, text in _texts(page) if not where.startswith("output") for h in heading.findall(_without_code(text))]
     keep = r"[^\w\s.-]" if page.suffix == ".ipynb" else r"[^\w\s-]"
     return {re.sub(keep, "", h.lower()).strip().replace(" ", "-") for h in headings}
 
@@ -127,7 +128,8 @@ def test_every_page_is_reached_from_the_front_page_by_links_alone():
 @functools.cache
 def _words():
     "Every word of the project's code, and of what a shell or a config of it says: what prose may name. Not of this file, which makes some up."
-    files = [*MODULES, LIB / "__init__.py", *ROOT.glob("bench/*.py"), *(p for p in ROOT.glob("tests/*.py") if p.name != "test_docs.py"), *ROOT.glob(".ci/*"), ROOT / "settings.ini", ROOT / "setup.py"]
+    files = [*MODULES, LIB / "__init__.py", *ROOT.glob("bench/*.py"), *(p for p in ROOT.glob("tests/*.py") if p.name != "test_docs.py"),
+             *ROOT.glob(".ci/*"), ROOT / "settings.ini", ROOT / "setup.py"]
     text = [p.read_text(encoding="utf-8") for p in files if p.exists()]
     text += [s for n in NOTEBOOKS for _, s in read_cells(n, "code")]
     return set(re.findall(r"[A-Za-z_]\w*", "\n".join(text))) | _words_of_others()
@@ -218,7 +220,8 @@ def test_symbols_named_in_docstrings_exist(path):
         thing = getattr(module, name)
         if getattr(thing, "__module__", None) != module.__name__:
             continue
-        own = [(f"{name}.{m}", f) for m, f in vars(thing).items() if m[0] != "_" and (inspect.isfunction(f) or isinstance(f, property))] if inspect.isclass(thing) else []
+        parts = vars(thing) if inspect.isclass(thing) else {}
+        own = [(f"{name}.{m}", f) for m, f in parts.items() if m[0] != "_" and (inspect.isfunction(f) or isinstance(f, property))]
         for where, symbol in ((name, thing), *own):
             text = (symbol.__doc__ or "") if not inspect.isclass(symbol) or not (symbol.__doc__ or "").startswith(f"{name}(") else ""
             wrong += [f"{where}: {why}" for why in (*_unknown(text), *_wrong_commands(text))]
@@ -261,7 +264,8 @@ def _public(module):
         yield name
         for method, f in vars(thing).items() if inspect.isclass(thing) else ():
             f = getattr(f, "__func__", f)
-            if inspect.isfunction(f) and f.__qualname__ == f"{name}.{method}" and method[0] != "_" and method not in ("encodes", "decodes") and not is_inherited(thing, method):
+            own = inspect.isfunction(f) and f.__qualname__ == f"{name}.{method}"
+            if own and method[0] != "_" and method not in ("encodes", "decodes") and not is_inherited(thing, method):
                 yield f"{name}.{method}"
 
 
@@ -323,5 +327,6 @@ def test_the_docs_workflow_stops_at_a_link_that_leads_nowhere(prints, code, pass
     (tmp_path / "quarto").write_text(f'#!/bin/sh\necho "{prints}" >&2\nexit {code}\n')
     (tmp_path / "quarto").chmod(0o755)
     (tmp_path / "step.sh").write_text(step["run"])
-    done = subprocess.run([bash, "--noprofile", "--norc", "-eo", "pipefail", "step.sh"], cwd=tmp_path, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([bash, "--noprofile", "--norc", "-eo", "pipefail", "step.sh"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == passes, done.stdout + done.stderr

@@ -54,8 +54,10 @@ def _rows(run):
 
 # between them they name every schedule, loss and sampling, and what has a state of its own
 CHOICES = [["optimizer=adamw", "schedule=cosine"], ["optimizer=ranger", "schedule=plateau", "schedule_args.patience=0"],
-           ["optimizer=rmsprop", "schedule=inverse", "schedule_args.decay=.01", "mixup=.4"], ["loss=focal", "cutmix=1", "class_weights=null", "sampling=weighted", "clip=1."],
-           ["optimizer=lamb", "class_weights=null", "sampling=oversample", "schedule=constant", "ema=0"], ["class_weights=effective", "monitor=valid_loss", "label_smoothing=.1"], ["sam=.05", "clip=1.", "augment.crop=.67", "mixup=.2"],
+           ["optimizer=rmsprop", "schedule=inverse", "schedule_args.decay=.01", "mixup=.4"],
+           ["loss=focal", "cutmix=1", "class_weights=null", "sampling=weighted", "clip=1."],
+           ["optimizer=lamb", "class_weights=null", "sampling=oversample", "schedule=constant", "ema=0"],
+           ["class_weights=effective", "monitor=valid_loss", "label_smoothing=.1"], ["sam=.05", "clip=1.", "augment.crop=.67", "mixup=.2"],
            ["teachers=[fast]", "soft_share=.5", "mixup=.2"]]
 
 
@@ -257,14 +259,18 @@ def test_a_run_that_failed_at_once_can_be_corrected(faces, tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["recipe"]["lr"] == SHORT.lr == read_recipe(tmp_path / "recipe.yaml").lr
 
 
-@pytest.mark.parametrize("setting, said", [("valid=null", "valid"), ("valid=[PublicTest]", "valid"), ("valid=1.5", "valid"), ("stats=[a, b]", "stats"), ("stats=[.5]", "stats"), ("stats=[.5, 0]", "stats"), ("pretrained=5", "pretrained"),
-                                           ("augment.erase=[1, 2, 3]", "erase"), ("classes=[happy]", "two or more")])
+@pytest.mark.parametrize("setting, said", [
+    ("valid=null", "valid"), ("valid=[PublicTest]", "valid"), ("valid=1.5", "valid"),
+    ("stats=[a, b]", "stats"), ("stats=[.5]", "stats"), ("stats=[.5, 0]", "stats"), ("pretrained=5", "pretrained"),
+    ("augment.erase=[1, 2, 3]", "erase"), ("classes=[happy]", "two or more")])
 def test_what_cannot_train_is_refused_before_it_does(setting, said):
     with pytest.raises(ValueError, match=said):
         SHORT.set([setting])
 
 
-@pytest.mark.parametrize("schedule, settings", [("plateau", dict(patience="x")), ("plateau", dict(factor=2)), ("plateau", dict(factor=0)), ("inverse", dict(decay="x")), ("inverse", dict(decay=-1))])
+@pytest.mark.parametrize("schedule, settings", [
+    ("plateau", dict(patience="x")), ("plateau", dict(factor=2)), ("plateau", dict(factor=0)),
+    ("inverse", dict(decay="x")), ("inverse", dict(decay=-1))])
 def test_schedules_are_refused_before_they_run(schedule, settings):
     with pytest.raises(ValueError, match="schedule_args"):
         replace(SHORT, schedule=schedule, schedule_args=settings)
@@ -315,8 +321,10 @@ def test_splits_of_a_recipe_have_one_name():
             Recipe(valid=valid)
 
 
-@pytest.mark.parametrize("settings, said", [(dict(wd=-1.), "of zero or more$"), (dict(seed=-1), "a whole number of zero or more"), (dict(label_smoothing=1.5), "of zero or more and below one"),
-                                            (dict(pct_start=0.), "above zero and below one"), (dict(ema=1.), "below one"), (dict(lr=0.), "above zero$")])
+@pytest.mark.parametrize("settings, said", [
+    (dict(wd=-1.), "of zero or more$"), (dict(seed=-1), "a whole number of zero or more"),
+    (dict(label_smoothing=1.5), "of zero or more and below one"), (dict(pct_start=0.), "above zero and below one"),
+    (dict(ema=1.), "below one"), (dict(lr=0.), "above zero$")])
 def test_a_number_out_of_range_is_told_its_range(settings, said):
     with pytest.raises(ValueError, match=said):
         Recipe(**settings)

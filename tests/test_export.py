@@ -1,4 +1,4 @@
-"""Graphs of networks that the page on export does not draw: an earlier version's, those that move pixels first, other classes and sizes, and those that cannot be drawn."""
+"""Graphs that the page on export does not draw: an earlier version's, those that move pixels first, other classes and sizes, and what cannot be drawn."""
 from importlib import resources
 from pathlib import Path
 
@@ -78,7 +78,8 @@ def test_so_does_a_graph_that_moves_pixels_first(table):
     folded = ExportedModel(Folded())
     graph = quantize_graph(create_onnx(folded), table.pixels[:64])
     steps = {n.op_type for n in onnx.load_from_string(graph).graph.node}
-    if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 8):  # older exporters compute sizes in the graph, which then keeps its normalisation: slower, and as right
+    # older exporters compute sizes in the graph, which then keeps its normalisation: slower, and as right
+    if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 8):
         assert b"face_zero" in graph and not {"Cast", "Sub", "Mul"} & steps
     check_parity(graph, folded, table.pixels[64:128], weights="int8", limits=dict(equal_answers=.8, max_difference=.1))
 
@@ -108,8 +109,9 @@ def _broken():
     return model
 
 
-@pytest.mark.parametrize("model, says", [(Leaks(), "another answer alone than in a batch"), (Two(), "gives tuple for three faces"), (Pairs(), "does not take batches"),
-                                         (nn.Conv2d(1, 3, 3), r"gives torch.float32 \[3, 3, 46, 46\]"), (_broken(), "not finite")], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("model, says", [
+    (Leaks(), "another answer alone than in a batch"), (Two(), "gives tuple for three faces"), (Pairs(), "does not take batches"),
+    (nn.Conv2d(1, 3, 3), r"gives torch.float32 \[3, 3, 46, 46\]"), (_broken(), "not finite")], ids=lambda x: type(x).__name__)
 def test_networks_that_cannot_stand_in_a_graph_say_why(model, says):
     with pytest.raises(ValueError, match=says):
         ExportedModel(model)

@@ -29,7 +29,8 @@ def test_damaged_files_give_an_answer_or_a_documented_error(target):
     if target in ("graph", "card"):
         pytest.importorskip("onnx")
     found = _fuzz.run(target, seed=1, cases=CASES[target])
-    assert not found["failures"], "\n".join(f"{len(n)} times {kind}: python tests/_fuzz.py '{target}' --seed 1 --first {n[0]} --cases 1" for kind, n in found["failures"].items())
+    assert not found["failures"], "\n".join(f"{len(n)} times {kind}: python tests/_fuzz.py '{target}' --seed 1 --first {n[0]} --cases 1"
+                                            for kind, n in found["failures"].items())
     assert found["cases"] == CASES[target] and found["error"] + found["ok"] == CASES[target]
     assert found["error"] > CASES[target] // 20 or target == "fer2013 cache", "the mutations hardly damage anything"
     assert found["ok"] > 0, "the mutations leave nothing that can be read"
@@ -69,6 +70,6 @@ def test_crashes_hangs_and_other_errors_are_failures_and_not_the_end(how, kind, 
 def test_a_case_can_be_made_again(tmp_path):
     a, b = (_fuzz.save_case("fer+ csv", 3, 17, tmp_path / name).read_bytes() for name in "ab")
     assert a == b != _fuzz.save_case("fer+ csv", 3, 18, tmp_path).read_bytes()
-    done = subprocess.run([sys.executable, str(_fuzz.HERE / "_fuzz.py"), "fer+ csv", "--seed", "3", "--first", "17", "--cases", "1"], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60, check=True)
+    done = subprocess.run([sys.executable, str(_fuzz.HERE / "_fuzz.py"), "fer+ csv", "--seed", "3", "--first", "17", "--cases", "1"],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=60, check=True)
     assert '"cases": 1' in done.stdout

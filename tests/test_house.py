@@ -158,6 +158,17 @@ def test_nothing_names_a_machine_or_leaves_work_undone():
     assert not found, "\n".join(found)
 
 
+def test_no_line_of_code_is_longer_than_160_characters():
+    "Neither in the notebooks, from which the modules come, nor around them; a line that holds nothing but an address may be longer."
+    files = sorted(p for folder in ("tests", "bench", ".ci") for p in (ROOT / folder).glob("*.py"))
+    code = [(f"{name_of(n)}: cell {i}, line ", source) for n in NOTEBOOKS for i, source in read_cells(n, "code")]
+    code += [(f"{name_of(p)}:", p.read_text(encoding="utf-8")) for p in files]
+    address = re.compile(r"""[\s#'"(\[]*https?://[^\s'"]+[\s'")\],]*""")
+    wrong = [f"{where}{i} has {len(line)} characters" for where, source in code for i, line in enumerate(source.split("\n"), 1)
+             if len(line) > 160 and not address.fullmatch(line)]
+    assert not wrong, "\n".join(wrong)
+
+
 # ---------------------------------------------------------------------------------------- symbols and docstrings
 
 def _documented(annotation):
@@ -268,11 +279,13 @@ def test_every_benchmark_is_in_the_table():
 
 def test_notebooks_carry_no_state_of_widgets():
     for path in NBS.rglob("*.ipynb"):
-        assert json.loads(path.read_text(encoding="utf-8"))["metadata"].keys() <= {"kernelspec"}, f"{name_of(path)} holds more than its kernel's name: megabytes, if it is what widgets showed"
+        kept = json.loads(path.read_text(encoding="utf-8"))["metadata"].keys()
+        assert kept <= {"kernelspec"}, f"{name_of(path)} holds more than its kernel's name: megabytes, if it is what widgets showed"
 
 
 def test_every_extra_that_an_error_names_exists():
-    asked = {extra for path in (ROOT / "fer_nbdev").glob("*.py") for extra in re.findall(r"\brequire\([^()]+, ['\"](\w+)['\"]\)", path.read_text(encoding="utf-8"))}
+    call = re.compile(r"\brequire\([^()]+, ['\"](\w+)['\"]\)")
+    asked = {extra for path in (ROOT / "fer_nbdev").glob("*.py") for extra in call.findall(path.read_text(encoding="utf-8"))}
     known = {line.partition("_requirements")[0] for line in (ROOT / "settings.ini").read_text(encoding="utf-8").splitlines() if "_requirements" in line}
     assert asked and asked <= known, asked - known
 

@@ -138,7 +138,10 @@ def _python(code, *args):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 def test_bombs_do_not_fill_the_memory():
-    "Peak memory of a process of its own, capped at a gigabyte more than it began with. An icon is decoded as it is opened, so one just above the limit costs what the limit allows."
+    """Peak memory of a process of its own, capped at a gigabyte more than it began with.
+
+    An icon is decoded as it is opened, so one just above the limit costs what the limit allows.
+    """
     grown = _python(MEMORY, HERE)
     assert len(grown) >= 8 and max(grown.values()) < 300, grown
 

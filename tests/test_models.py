@@ -11,7 +11,8 @@ from fer_nbdev.models import count_parameters, create_model, head_parameters, li
 
 BODIES = [("timm/mobilenetv3_small_050", dict(img_size=96)), ("timm/tf_efficientnet_lite0", dict(img_size=64, n_in=3)),
           ("timm/vit_tiny_patch16_224", dict(img_size=112)), ("torchvision/resnet18", dict(img_size=224)), ("se_resnet", dict(img_size=64, n_in=3)),
-          ("class_balanced", dict(img_size=64)), ("timm/resnet10t.c3_in1k", {}), ("torchvision/mobilenet_v2", {}), ("torchvision/squeezenet1_1", dict(img_size=64))]
+          ("class_balanced", dict(img_size=64)), ("timm/resnet10t.c3_in1k", {}), ("torchvision/mobilenet_v2", {}),
+          ("torchvision/squeezenet1_1", dict(img_size=64))]
 MODELS = [(arch, {}) for arch in list_models()] + BODIES
 every_model = pytest.mark.parametrize("arch, settings", MODELS, ids=[a + "".join(f" {k}={v}" for k, v in s.items()) for a, s in MODELS])
 

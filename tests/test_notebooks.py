@@ -88,7 +88,9 @@ def test_saved_tables_are_what_the_results_say(notebook, tmp_path):
     "Pages whose tables come from files: run again, they hold the same figures as the saved pages that people read."
     _python(TABLES, notebook, tmp_path / "again.ipynb")
     def tables(path):
-        return [text for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", ()) if (text := "".join(o.get("data", {}).get("text/markdown", "")))]
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", ())]
+        return [text for text in texts if text]
     assert tables(notebook) and tables(tmp_path / "again.ipynb") == tables(notebook), "run the page again"
 
 

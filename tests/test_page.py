@@ -124,7 +124,8 @@ def test_a_photo_is_answered(browser, server, tmp_path, width, height, dark):
     browser.wait("document.querySelectorAll('#answer .fer-face').length == 3")
     captions = browser.js("[...document.querySelectorAll('.fer-face caption')].map(c => c.innerText)")
     assert captions == [f"{i + 1}: {p.emotion} {p.confidence:.0%}" for i, p in enumerate(expected)]
-    widths = browser.js("[...document.querySelectorAll('.fer-face')].map(t => [...t.querySelectorAll('.fer-bar')].map(b => b.getBoundingClientRect().width / b.parentElement.clientWidth))")
+    widths = browser.js("[...document.querySelectorAll('.fer-face')].map(t => [...t.querySelectorAll('.fer-bar')]"
+                        ".map(b => b.getBoundingClientRect().width / b.parentElement.clientWidth))")
     for bars, p in zip(widths, expected, strict=True):
         np.testing.assert_allclose(bars, list(p.probs.values()), atol=.06)
     image = browser.js("(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().right])(document.querySelector('#answer img'))")

@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as hnp  # noqa: E402
 
 import fer_nbdev.inference as inference  # noqa: E402
 from fer_nbdev.core import EMOTIONS, UNCERTAIN, Box, Prediction, _upright, read_image  # noqa: E402
-from fer_nbdev.data import (FER2013, USAGES, class_counts, draw_per_class, find_duplicates, read_fer2013, select_classes, split_names, synthetic_faces,  # noqa: E402
-                            to_folders)
+from fer_nbdev.data import (FER2013, USAGES, class_counts, draw_per_class, find_duplicates, read_fer2013,  # noqa: E402
+                            select_classes, split_names, synthetic_faces, to_folders)
 from fer_nbdev.detect import _distinct, check_boxes, crop_faces, detect_faces  # noqa: E402
 from fer_nbdev.track import FaceTracker, assign  # noqa: E402
 from fer_nbdev.votes import FERPlus, soft_labels  # noqa: E402
@@ -143,7 +143,8 @@ def test_sizes_of_crops_that_cannot_be_are_refused(size):
     with pytest.raises(ValueError, match="size must be a whole number"): crop_faces(noise(20, 20), [(0, 0, 9, 9)], size)
 
 
-@pytest.mark.parametrize("option", [dict(scale_factor=v) for v in (1, 10.1, 1e9, *BAD)] + [dict(min_neighbors=v) for v in (-1, 2.5, 1001, 1e300, *BAD)], ids=str)
+@pytest.mark.parametrize("option", [dict(scale_factor=v) for v in (1, 10.1, 1e9, *BAD)]
+                         + [dict(min_neighbors=v) for v in (-1, 2.5, 1001, 1e300, *BAD)], ids=str)
 def test_settings_of_haar_that_cannot_be_are_refused(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be"): detect_faces(noise(60, 60), "haar", **option)
 
@@ -171,7 +172,8 @@ def test_any_eyes_give_a_face(case, numbers):
     assert faces.shape == (len(boxes), 24, 24)
     level = np.tile([[10., 5.], [20., 5.]], (len(boxes), 1, 1))
     unknown = np.full((len(boxes), 2, 2), np.nan)
-    assert (crop_faces(image, boxes, 24, eyes=level) == crop_faces(image, boxes, 24)).all() and (crop_faces(image, boxes, 24, eyes=unknown) == crop_faces(image, boxes, 24)).all()
+    assert (crop_faces(image, boxes, 24, eyes=level) == crop_faces(image, boxes, 24)).all()
+    assert (crop_faces(image, boxes, 24, eyes=unknown) == crop_faces(image, boxes, 24)).all()
 
 
 @given(st.floats(-170, 170), st.integers(0, 20))
@@ -191,7 +193,7 @@ def test_alignment_undoes_a_turn(angle, seed):
 @given(st.lists(st.tuples(st.integers(-30, 60), st.integers(-30, 60), st.integers(-5, 50), st.integers(-5, 50)), max_size=7), st.randoms(use_true_random=False))
 @often
 def test_a_detector_may_say_what_it_likes(raw, rng):
-    "Boxes beyond the edges are cut off; those that come out lie inside, are sorted by size, overlap little, and do not depend on the order in which they were found."
+    "Boxes are cut off at the edges; those that come out lie inside, are sorted by size, overlap little, and do not depend on the order they were found in."
     image = noise(48, 50)
     found = [(x, y, x + w, y + h) for x, y, w, h in raw]
     try: boxes = detect_faces(image, lambda picture: found)
@@ -257,7 +259,8 @@ def test_selected_classes_keep_their_faces(table, data):
     wanted = tuple(data.draw(st.permutations(table.classes)))[:data.draw(st.integers(1, len(table.classes)))]
     part = select_classes(table, wanted)
     rows = [i for i in range(len(table)) if table.labels[i] in wanted]
-    assert numbers(part) == rows and part.labels == [table.labels[i] for i in rows] and part.usage.tolist() == table.usage[rows].tolist() and part.classes == wanted
+    assert numbers(part) == rows and part.labels == [table.labels[i] for i in rows]
+    assert part.usage.tolist() == table.usage[rows].tolist() and part.classes == wanted
     if part.soft is not None:
         for i, row in enumerate(rows):
             shares = [float(table.soft[row, table.classes.index(c)]) for c in wanted]
@@ -388,7 +391,8 @@ def test_soft_labels_are_shares_of_the_votes(votes, data):
 
 # ------------------------------------------------------------------------------------------------ predictions
 
-probabilities = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=9).filter(lambda v: sum(v) > 0).map(lambda v: (np.array(v, np.float64) / sum(v)).astype(np.float32))
+probabilities = (st.lists(st.floats(0, 1, width=32), min_size=2, max_size=9).filter(lambda v: sum(v) > 0)
+                 .map(lambda v: (np.array(v, np.float64) / sum(v)).astype(np.float32)))
 
 
 @given(probabilities, st.floats(0, 1))
@@ -480,7 +484,8 @@ def test_tracks_keep_their_rules(video, rng, min_hits):
 def test_the_order_of_detections_does_not_matter(places, rng, seed):
     "Faces that stand apart and move a little: whoever is named first in a frame, each keeps its number."
     noises = np.random.default_rng(seed).integers(-4, 5, (12, len(places), 2))
-    video = [(.04, [(300 * x + dx, 300 * y + dy, 300 * x + dx + 100, 300 * y + dy + 100) for (x, y), (dx, dy) in zip(places, frame)]) for frame in noises.tolist()]
+    video = [(.04, [(300 * x + dx, 300 * y + dy, 300 * x + dx + 100, 300 * y + dy + 100) for (x, y), (dx, dy) in zip(places, frame)])
+             for frame in noises.tolist()]
     def shuffled(boxes):
         boxes = boxes[:]
         rng.shuffle(boxes)

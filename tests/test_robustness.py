@@ -15,7 +15,8 @@ from fer_nbdev.data import select_classes, synthetic_faces
 from fer_nbdev.votes import FERPLUS_CLASSES, FERPlus
 from fer_nbdev.evaluate import calibration_error, evaluate_model
 from fer_nbdev.inference import Predictor
-from fer_nbdev.robustness import CORRUPTIONS, Corruption, accuracy_by_agreement, accuracy_by_group, corrupt, evaluate_robustness, plot_corruptions, plot_robustness
+from fer_nbdev.robustness import (CORRUPTIONS, Corruption, accuracy_by_agreement, accuracy_by_group, corrupt,
+                                  evaluate_robustness, plot_corruptions, plot_robustness)
 
 FACES = synthetic_faces(70, seed=5).pixels
 SMOOTH = np.stack([ndimage.gaussian_filter(f, 3) for f in FACES])  # interpolation in 1/32 pixel stays within a gray level
@@ -286,7 +287,8 @@ def test_groups_are_what_pandas_says():
     e = evaluate_model(lambda faces: probs, table, None)
     group = rng.choice(["a", "b", "c"], 210, p=[.6, .38, .02])
     got = accuracy_by_group(e, group, emotion="angry", n_resamples=200)
-    frame = pd.DataFrame(dict(group=group, right=e.probs.argmax(1) == table.emotion, angry=e.probs.argmax(1) == 0, confidence=e.probs.max(1), truth=table.emotion))
+    frame = pd.DataFrame(dict(group=group, right=e.probs.argmax(1) == table.emotion, angry=e.probs.argmax(1) == 0,
+                              confidence=e.probs.max(1), truth=table.emotion))
     by, others = frame.groupby("group"), frame[frame.truth != 0]
     assert got.index.tolist() == ["a", "b", "c", "all"] and got.faces.tolist() == [*by.size(), 210]
     np.testing.assert_allclose(got.accuracy, [*by.right.mean(), frame.right.mean()])

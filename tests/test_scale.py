@@ -30,8 +30,8 @@ pq = pytest.importorskip("pyarrow.parquet")
 fsspec = pytest.importorskip("fsspec")
 local = pytest.importorskip("fsspec.implementations.local")
 
-from fer_nbdev.scale import (NO_FACE, DatasetSummary, _answers, _begin, _csv_fields, _csv_records, _entries, _find_files, _fingerprint, _images, _Output, _PartWorker,  # noqa: E402
-                             _Places, _prepare, _ray_session, predict_dataset)
+from fer_nbdev.scale import (NO_FACE, DatasetSummary, _answers, _begin, _csv_fields, _csv_records, _entries, _find_files,  # noqa: E402
+                             _fingerprint, _images, _Output, _PartWorker, _Places, _prepare, _ray_session, predict_dataset)
 
 SETTINGS = dict(model="fast", detector="none", threads=1)
 COLUMNS = ["image", "face", "x0", "y0", "x1", "y1", "emotion", "confidence", *EMOTIONS]
@@ -250,7 +250,8 @@ def test_addresses_with_a_host_and_a_result_that_is_not_local(photos, expected, 
     table["image"] = table.image.str.removeprefix("distant://host")
     ours, errors = expected
     assert set(table.image[table.error.notna()]) == set(errors)
-    np.testing.assert_allclose(table[table.error.isna()].sort_values("image")[list(EMOTIONS)].to_numpy(), ours.sort_values("image")[list(EMOTIONS)].to_numpy(float), atol=1e-6)
+    theirs = table[table.error.isna()].sort_values("image")[list(EMOTIONS)].to_numpy()
+    np.testing.assert_allclose(theirs, ours.sort_values("image")[list(EMOTIONS)].to_numpy(float), atol=1e-6)
 
 
 def test_what_is_no_source(photos, tmp_path):
@@ -258,18 +259,21 @@ def test_what_is_no_source(photos, tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "no.csv").write_text("a,b\n1,2\n")
     (tmp_path / "none.csv").write_text("path\n")
-    for source, error, word in [("nowhere", FileNotFoundError, "nowhere"), (tmp_path / "empty", ValueError, "no images"), (str(tmp_path / "*.gif"), ValueError, "no images"),
-                                (tmp_path / "bad.parquet", ValueError, "bad.parquet"), (tmp_path / "no.csv", ValueError, "none of the columns"), (tmp_path / "none.csv", ValueError, "no images"),
-                                ([], ValueError, "no images"), ("memory://a", ValueError, "this process"), ("nosuch://a", ValueError, "nosuch"), ("zip::/a.zip", ValueError, "zip://"),
-                                (photos / "notes.txt", ValueError, "no images")]:
+    for source, error, word in [("nowhere", FileNotFoundError, "nowhere"), (tmp_path / "empty", ValueError, "no images"),
+                                (str(tmp_path / "*.gif"), ValueError, "no images"), (tmp_path / "bad.parquet", ValueError, "bad.parquet"),
+                                (tmp_path / "no.csv", ValueError, "none of the columns"), (tmp_path / "none.csv", ValueError, "no images"),
+                                ([], ValueError, "no images"), ("memory://a", ValueError, "this process"), ("nosuch://a", ValueError, "nosuch"),
+                                ("zip::/a.zip", ValueError, "zip://"), (photos / "notes.txt", ValueError, "no images")]:
         with pytest.raises(error, match=word.replace("*", ".")):
             predict_dataset(source, tmp_path / "out", "fast", detector="none")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_settings_that_cannot_be_meant(photos, tmp_path):
-    for word, settings in dict(workers=dict(workers=0), readers=dict(readers=1.5), at_once=dict(at_once=-1), part_size=dict(part_size=0), threads=dict(threads=0), num_cpus=dict(num_cpus=0),
-                               num_gpus=dict(num_gpus=-1), function=dict(detector=len), unknown=dict(model="best"), eyes=dict(align=True, detector="haar"), column=dict(column="x")).items():
+    wrong = dict(workers=dict(workers=0), readers=dict(readers=1.5), at_once=dict(at_once=-1), part_size=dict(part_size=0),
+                 threads=dict(threads=0), num_cpus=dict(num_cpus=0), num_gpus=dict(num_gpus=-1), function=dict(detector=len),
+                 unknown=dict(model="best"), eyes=dict(align=True, detector="haar"), column=dict(column="x"))
+    for word, settings in wrong.items():
         source = photos
         if word == "column":
             source = tmp_path / "a.csv"
@@ -293,7 +297,9 @@ def test_a_changed_run_is_refused(photos, tmp_path):
     do_here(photos, tmp_path / "out", 50)
     out = tmp_path / "out"
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    for word, settings in dict(models=dict(model="accurate"), detector=dict(detector="haar"), tta=dict(tta=True), margin=dict(margin=.1), min_confidence=dict(min_confidence=.5), part_size=dict(part_size=7)).items():
+    others = dict(models=dict(model="accurate"), detector=dict(detector="haar"), tta=dict(tta=True), margin=dict(margin=.1),
+                  min_confidence=dict(min_confidence=.5), part_size=dict(part_size=7))
+    for word, settings in others.items():
         with pytest.raises(ValueError, match=word):
             predict_dataset(photos, out, **{"model": "fast", "detector": "none", **settings})
     for change in (lambda p: p.write_bytes(b"larger now"), lambda p: p.rename(p.with_name("renamed.png")), lambda p: p.unlink()):
@@ -418,7 +424,7 @@ predict_dataset(sys.argv[1], sys.argv[2], "fast", detector="none", tta=True, wor
 
 @linux
 def test_a_killed_driver_is_gone_on_with(ray, photos, tmp_path):
-    "A process that started its own Ray is killed in the middle: its Ray ends with it, and the next call does what is missing, though a worker may still be at it."
+    "A process with its own Ray is killed in the middle: its Ray ends with it, and the next call does what is missing, though a worker may still be at it."
     out, env = tmp_path / "out", {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(photos), str(out)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.monotonic() + 300
@@ -477,7 +483,8 @@ def test_records_of_a_csv_are_those_of_pythons_csv(tmp_path):
     for _ in range(2000):
         data = ("path\n" + "".join(rng.choice(['"', ",", "\n", "a", " ", "\r\n", '""', "é"]) for _ in range(rng.randrange(14)))).encode()
         found = list(_csv_records(io.BytesIO(data)))
-        assert [row for start, stop in found for row in _csv_fields(data[start:stop])] == [row for row in csv.reader(io.StringIO(data.decode(), newline="")) if row], data
+        rows = [row for start, stop in found for row in _csv_fields(data[start:stop])]
+        assert rows == [row for row in csv.reader(io.StringIO(data.decode(), newline="")) if row], data
     long = 'path\n"' + "a line of a long note\n" * 20_000 + '"\n' + "b.png\n" * 20_000
     begun = time.perf_counter()
     assert len(list(_csv_records(io.BytesIO(long.encode())))) == 20_002

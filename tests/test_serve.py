@@ -55,7 +55,8 @@ def _no_yunet(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def server():
     "One server for all tests that change nothing; it accepts up to 400,000 pixels, and waits a second for a body."
-    app = create_app("accurate", limits=Limits(pixels=400_000, body_bytes=3_000_000, upload_seconds=1.5, idle_seconds=2, frame_bytes=200_000, video_seconds=5, keep_seconds=60), workers=2)
+    limits = Limits(pixels=400_000, body_bytes=3_000_000, upload_seconds=1.5, idle_seconds=2, frame_bytes=200_000, video_seconds=5, keep_seconds=60)
+    app = create_app("accurate", limits=limits, workers=2)
     with serving(app) as port:
         yield app, port
 
@@ -194,11 +195,13 @@ def test_a_client_that_breaks_off_leaves_nothing_behind(server, client):
 def test_garbage(server, client):
     "What is no HTTP, no JSON, no form: a status, or a closed connection, and nothing else."
     _, port = server
-    for garbage in (os.urandom(5000), b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00" + os.urandom(500), HEAD + b"Content-Length: -5\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
+    for garbage in (os.urandom(5000), b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00" + os.urandom(500),
+                    HEAD + b"Content-Length: -5\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
         back = _raw(port, garbage)
         assert back == b"" or back.startswith(b"HTTP/1.1 4"), back[:200]
     kinds = {"application/json": (b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"images": 1e999}', b'{"images":[{"data":"' + b"A" * 100_000),
-             "multipart/form-data; boundary=x": (b"", b"--x", b"--x\r\n\r\n", os.urandom(2000), b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n", b"--x\r\nA: b\r\n" * 5000),
+             "multipart/form-data; boundary=x": (b"", b"--x", b"--x\r\n\r\n", os.urandom(2000),
+                                                 b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n", b"--x\r\nA: b\r\n" * 5000),
              "multipart/form-data": (b"--x--",), "multipart/form-data; boundary=" + "y" * 500: (b"--y",)}
     for kind, bodies in kinds.items():
         for body in bodies:
@@ -235,7 +238,8 @@ def test_a_body_is_cut_off_while_it_comes(server, client):
 
 def test_a_form_that_is_cut_off_is_refused(client):
     "Not answered for those of its pictures that came whole."
-    parts = b"".join(b'--xyz\r\nContent-Disposition: form-data; name="images"; filename="%d.png"\r\n\r\n' % i + _stored(np.full((48, 48), 90, np.uint8)) + b"\r\n" for i in range(2))
+    head = b'--xyz\r\nContent-Disposition: form-data; name="images"; filename="%d.png"\r\n\r\n'
+    parts = b"".join(head % i + _stored(np.full((48, 48), 90, np.uint8)) + b"\r\n" for i in range(2))
     whole = parts + b"--xyz--\r\n"
     ask = dict(headers={"Content-Type": "multipart/form-data; boundary=xyz"})
     assert len(client.post("/v1/predict", content=whole, **ask).json()["images"]) == 2
@@ -278,7 +282,8 @@ def test_bombs(client):
     answer, = _ask(client, animation, detector="none")
     assert (answer["width"], len(answer["faces"])) == (40, 1)
     assert _peak_mb() - before < 60 and time.monotonic() - start < 20
-    text = _png(64, 64, zeros)[:-12] + struct.pack(">I", len(zeros) + 3) + b"zTXtk\0\0" + zeros + struct.pack(">I", zlib.crc32(b"zTXtk\0\0" + zeros)) + b"\0\0\0\0IEND\xaeB`\x82"
+    note = struct.pack(">I", len(zeros) + 3) + b"zTXtk\0\0" + zeros + struct.pack(">I", zlib.crc32(b"zTXtk\0\0" + zeros))
+    text = _png(64, 64, zeros)[:-12] + note + b"\0\0\0\0IEND\xaeB`\x82"
     _ask(client, text, detector="none") # a comment of 30 MB when it is unpacked: Pillow may read the picture or refuse it, but not unpack that
     assert _peak_mb() - before < 60
     _still_well(client)
@@ -286,8 +291,8 @@ def test_bombs(client):
 
 def test_only_the_formats_that_are_offered(client):
     "Nothing that Pillow hands to another program or library: PostScript, WMF, FITS, PDF, SVG; nor a text, nor a link."
-    others = [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/etc/passwd) (r) file", b"\xd7\xcd\xc6\x9a" + bytes(100), b"SIMPLE  =                    T", b"%PDF-1.4", b"<svg/>",
-              b"http://example.org/a.jpg", b"/etc/passwd", b"#EXTM3U\n"]
+    others = [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/etc/passwd) (r) file", b"\xd7\xcd\xc6\x9a" + bytes(100),
+              b"SIMPLE  =                    T", b"%PDF-1.4", b"<svg/>", b"http://example.org/a.jpg", b"/etc/passwd", b"#EXTM3U\n"]
     assert {a["error"]["code"] for a in _ask(client, *others)} == {"unreadable"}
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
         answer, = _ask(client, _stored(np.zeros((50, 60, 3), np.uint8), kind), detector="none")
@@ -314,7 +319,8 @@ def test_names_are_text_and_nothing_is_stored(monkeypatch, tmp_path, caplog, cap
         watcher = threading.Thread(target=watch)
         watcher.start()
         for name in names:
-            parts = b'--x\r\nContent-Disposition: form-data; name="images"; filename="' + name.encode() + b'"\r\n\r\n' + large + b'\r\n--x\r\nContent-Disposition: form-data; name="detector"\r\n\r\nnone\r\n--x--\r\n'
+            head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="' + name.encode() + b'"\r\n\r\n'
+            parts = head + large + b'\r\n--x\r\nContent-Disposition: form-data; name="detector"\r\n\r\nnone\r\n--x--\r\n'
             answer = client.post("/v1/predict", content=parts, headers={"Content-Type": "multipart/form-data; boundary=x"})
             assert answer.status_code == 200 and (name[:200] == answer.json()["images"][0]["name"] or "\\" in name or "\0" in name), answer.text
         done.set()
@@ -327,8 +333,10 @@ def test_names_are_text_and_nothing_is_stored(monkeypatch, tmp_path, caplog, cap
 # ------------------------------------------------------------------------------------------------ tokens, origins
 
 def test_tokens():
-    with serving(create_app("accurate", tokens=[TOKEN, "another-token-of-mine"])) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        paths = [("GET", "/v1/models"), ("POST", "/v1/predict"), ("POST", "/v1/video"), ("GET", "/v1/video/" + "0" * 32), ("DELETE", "/v1/video/" + "0" * 32), ("GET", "/metrics")]
+    with (serving(create_app("accurate", tokens=[TOKEN, "another-token-of-mine"])) as port,
+          httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client):
+        paths = [("GET", "/v1/models"), ("POST", "/v1/predict"), ("POST", "/v1/video"),
+                 ("GET", "/v1/video/" + "0" * 32), ("DELETE", "/v1/video/" + "0" * 32), ("GET", "/metrics")]
         for method, path in paths:
             for header in (None, "", "Bearer", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer \xfc".encode("latin-1")):
                 answer = client.request(method, path, headers={} if header is None else {"Authorization": header})
@@ -337,7 +345,8 @@ def test_tokens():
             assert client.get("/v1/models", headers={"Authorization": f"Bearer {token}"}).status_code == 200
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
         assert client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]["security"]
-        for headers, protocols, good in (({}, None, False), ({"Authorization": f"Bearer {TOKEN}"}, None, True), ({}, ["fer.v1", f"bearer.{TOKEN}"], True), ({}, ["fer.v1", "bearer.wrong"], False)):
+        for headers, protocols, good in (({}, None, False), ({"Authorization": f"Bearer {TOKEN}"}, None, True),
+                                         ({}, ["fer.v1", f"bearer.{TOKEN}"], True), ({}, ["fer.v1", "bearer.wrong"], False)):
             assert _opens(port, headers, protocols) == good
     for bad in (["short"], ["with a space in it !"], ["ümlaut-ümlaut-ümlaut"], [b"bytes-bytes-bytes-bytes"]):
         with pytest.raises(ValueError, match="16 or more"):
@@ -359,7 +368,8 @@ def _opens(port, headers=None, protocols=None, **options):
 def test_other_pages_may_not_ask_unless_they_are_named(server, client):
     ask = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in client.options("/v1/predict", headers=ask).headers
-    assert not _opens(server[1], origin="https://example.org") and not _opens(server[1], origin="http://[abc") and _opens(server[1], origin=f"http://127.0.0.1:{server[1]}")
+    assert not _opens(server[1], origin="https://example.org") and not _opens(server[1], origin="http://[abc")
+    assert _opens(server[1], origin=f"http://127.0.0.1:{server[1]}")
     with serving(create_app("accurate", cors=["https://example.org"])) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as open_client:
         assert open_client.options("/v1/predict", headers=ask).headers["access-control-allow-origin"] == "https://example.org"
         assert "access-control-allow-origin" not in open_client.options("/v1/predict", headers=ask | {"Origin": "https://example.com"}).headers
@@ -473,7 +483,8 @@ def test_videos_have_limits_too(clip, monkeypatch):
             return client.post("/v1/video", content=body, headers={"Content-Type": kind})
         job = send().json()["id"]
         assert "lasts 2 s, more than 1 s" in _finished(client, job)["error"]
-        assert {send(clip + bytes(11)).status_code for _ in range(20)} == {413}, "closed under a client that is still sending, the connection takes the answer along"
+        answers = {send(clip + bytes(11)).status_code for _ in range(20)}
+        assert answers == {413}, "closed under a client that is still sending, the connection takes the answer along"
         assert send(kind="image/png").status_code == 415
         eventually(lambda: client.get(f"/v1/video/{job}").status_code == 404) # kept for half a second
         eventually(lambda: not list(app.state.videos.folder.iterdir()))
@@ -555,7 +566,8 @@ def test_schemathesis_finds_nothing(tokens, tmp_path):
         pytest.skip("schemathesis is not installed")
     with serving(create_app("accurate", tokens=tokens, limits=Limits(videos=10_000)), log_level="critical") as port:
         headers = [f"--header=Authorization: Bearer {TOKEN}"] if tokens else []
-        done = subprocess.run([program, "run", f"http://127.0.0.1:{port}/openapi.json", "--max-examples=12", "--seed=1", "--generation-database=none", "--no-color", *headers],
+        done = subprocess.run([program, "run", f"http://127.0.0.1:{port}/openapi.json", "--max-examples=12", "--seed=1",
+                               "--generation-database=none", "--no-color", *headers],
                               cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=500)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"Tested: +10\b", done.stdout), done.stdout[-1500:]
@@ -564,7 +576,8 @@ def test_schemathesis_finds_nothing(tokens, tmp_path):
 def test_the_document_has_examples_that_work(client):
     document = client.get("/openapi.json").json()
     body = document["paths"]["/v1/predict"]["post"]["requestBody"]["content"]
-    assert set(body) == {"application/json", "multipart/form-data"} and client.post("/v1/predict", json=body["application/json"]["example"]).json()["images"][0]["error"] is None
+    assert set(body) == {"application/json", "multipart/form-data"}
+    assert client.post("/v1/predict", json=body["application/json"]["example"]).json()["images"][0]["error"] is None
     assert {"FrameAnswer", "PredictAnswer", "PredictRequest", "PredictForm", "VideoJob"} <= set(document["components"]["schemas"])
     described = [(path, method, "summary" in op) for path, methods in document["paths"].items() for method, op in methods.items()]
     assert len(described) == 10 and all(d[2] for d in described)
@@ -584,7 +597,8 @@ def test_an_address_that_cannot_be_had_is_one_sentence():
     from fer_nbdev.cli import app
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        for address, said in ((f"--port {port}", f"port {port} of 127.0.0.1 is taken: choose another with --port"), ("--host 192.0.2.1", "host '192.0.2.1' is not this machine"),
+        for address, said in ((f"--port {port}", f"port {port} of 127.0.0.1 is taken: choose another with --port"),
+                              ("--host 192.0.2.1", "host '192.0.2.1' is not this machine"),
                               ("--host no.such.name.invalid", "is unknown here"), ("--host ..", "is unknown here")):
             done = CliRunner().invoke(app, ["serve", *address.split(), "--model", "no/model"])
             assert done.exit_code == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.output
@@ -607,7 +621,8 @@ def test_no_library_leaves_a_mark(tmp_path):
     "onnxruntime 1.31 writes a device id and a database of usage data into the home folder, to be sent to its maker, unless it is told not to."
     code = ("import numpy as np; from fer_nbdev.service import Limits, Service; s = Service({'accurate': 'accurate'}, ['haar'], Limits()); s.warm_up(); "
             "s.predictors['accurate', 'haar', False].predict_faces(np.zeros((1, 48, 48), np.uint8)); s.close()")
-    env = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")} | {"HOME": str(tmp_path)}
+    unset = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
+    env = {k: v for k, v in os.environ.items() if k not in unset} | {"HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
@@ -621,7 +636,8 @@ def test_the_space_is_complete():
     about = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert about["sdk"] == "gradio" and (space / about["app_file"]).is_file() and len(about["short_description"]) <= 60
     pytest.importorskip("gradio")
-    code = "import runpy; app = runpy.run_path('app.py', run_name='space')['app']; print(sorted(r.path for r in app.routes if r.path.startswith('/v1'))[0], app.router.default.__class__.__name__)"
+    code = ("import runpy; app = runpy.run_path('app.py', run_name='space')['app']; "
+            "print(sorted(r.path for r in app.routes if r.path.startswith('/v1'))[0], app.router.default.__class__.__name__)")
     done = subprocess.run([sys.executable, "-c", code], cwd=space, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["/v1/models", "_Sealed"], done.stderr[-2000:]
 

@@ -56,8 +56,9 @@ def payloads(canary):
     np.save(objects, np.array([bad], object), allow_pickle=True)
     with zipfile.ZipFile(archive, "w") as z: z.writestr("arr_0.npy", objects.getvalue())
     header = json.dumps({"__metadata__": {"about": base64.b64encode(pickle.dumps(bad)).decode()}}).encode()
-    return {"pickle": pickle.dumps(bad), "pickle, protocol 0": pickle.dumps(bad, 0), "torch zip": zipped.getvalue(), "torch, old": old.getvalue(), "npy of objects": objects.getvalue(),
-            "npz of objects": archive.getvalue(), "safetensors with a pickle for a note": struct.pack("<Q", len(header)) + header}
+    return {"pickle": pickle.dumps(bad), "pickle, protocol 0": pickle.dumps(bad, 0), "torch zip": zipped.getvalue(), "torch, old": old.getvalue(),
+            "npy of objects": objects.getvalue(), "npz of objects": archive.getvalue(),
+            "safetensors with a pickle for a note": struct.pack("<Q", len(header)) + header}
 
 
 KINDS = ("pickle", "pickle, protocol 0", "torch zip", "torch, old", "npy of objects", "npz of objects", "safetensors with a pickle for a note")
@@ -107,7 +108,8 @@ def test_data_and_pictures(kind, canary, tmp_path):
     from fer_nbdev.recipe import read_recipe
     data = payloads(canary)[kind]
     with pytest.raises(ValueError): read_image(data)
-    for name, read in {"faces.csv": read_fer2013, "votes.csv": read_ferplus, "findings.csv": read_findings, "recipe.yaml": read_recipe, "faces.csv.gz": read_fer2013, "faces.zip": read_fer2013}.items():
+    for name, read in {"faces.csv": read_fer2013, "votes.csv": read_ferplus, "findings.csv": read_findings, "recipe.yaml": read_recipe,
+                       "faces.csv.gz": read_fer2013, "faces.zip": read_fer2013}.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=name): read(tmp_path / name)
     (tmp_path / "good.csv").write_bytes(faces_csv(2))
@@ -136,8 +138,10 @@ def test_a_training_run(kind, canary, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ yaml, json, html
 
-YAML = ("!!python/object/apply:os.system ['touch {canary}']", "!!python/object/new:os.system ['touch {canary}']", "!!python/name:os.system", "!!python/module:os", "!!python/tuple [1, 2]",
-        "!!python/object/apply:subprocess.check_output [[touch, {canary}]]", "!!map {{__reduce__: [os.system]}}", "!<tag:yaml.org,2002:python/object/apply:os.system> ['touch {canary}']")
+YAML = ("!!python/object/apply:os.system ['touch {canary}']", "!!python/object/new:os.system ['touch {canary}']",
+        "!!python/name:os.system", "!!python/module:os", "!!python/tuple [1, 2]",
+        "!!python/object/apply:subprocess.check_output [[touch, {canary}]]", "!!map {{__reduce__: [os.system]}}",
+        "!<tag:yaml.org,2002:python/object/apply:os.system> ['touch {canary}']")
 
 
 @pytest.mark.parametrize("text", YAML)
@@ -157,8 +161,9 @@ def test_a_recipe_may_not_load_weights_through_the_back_door(canary, tmp_path):
     "timm takes paths and addresses of weights among its arguments; older versions unpickle them."
     pytest.importorskip("timm")
     from fer_nbdev.models import create_model
-    (tmp_path / "evil.pth").write_bytes(payloads(canary)["torch zip"])
-    for arguments in (dict(checkpoint_path=str(tmp_path / "evil.pth")), dict(pretrained_cfg=dict(file=str(tmp_path / "evil.pth"))), dict(pretrained_cfg_overlay=dict(file=str(tmp_path / "evil.pth")))):
+    evil = tmp_path / "evil.pth"
+    evil.write_bytes(payloads(canary)["torch zip"])
+    for arguments in (dict(checkpoint_path=str(evil)), dict(pretrained_cfg=dict(file=str(evil))), dict(pretrained_cfg_overlay=dict(file=str(evil)))):
         with pytest.raises(ValueError, match="would load weights"): create_model("timm/resnet10t", img_size=64, **arguments)
     for arch in ("timm/hf-hub:stranger/model", "timm/local-dir:/tmp", "timm/hf_hub:stranger/model", "torchvision/../evil"):
         with pytest.raises(ValueError): create_model(arch, pretrained=True)
@@ -224,7 +229,8 @@ def test_a_graph_reads_no_other_file(place, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="cannot open"): FaceClassifier(folder).predict_faces(FACES)
 
 
-@pytest.mark.parametrize("key", [b"\n\x08location", b"\n\x88\x00location", b"\n\x88\x80\x80\x00location", b"\x8a\x00\x08location", b"\x8a\x80\x00\x88\x00location"])
+@pytest.mark.parametrize("key", [b"\n\x08location", b"\n\x88\x00location", b"\n\x88\x80\x80\x00location",
+                                 b"\x8a\x00\x08location", b"\x8a\x80\x00\x88\x00location"])
 def test_the_name_of_another_file_is_found_however_it_is_written(key):
     "Protobuf reads numbers that are written longer than they need to be."
     from onnx import StringStringEntryProto
@@ -244,7 +250,8 @@ def test_a_graph_with_operators_of_its_own_is_refused(tmp_path):
     def custom(model):
         model.graph.node[2].domain = "evil.ops"
         model.opset_import.add(domain="evil.ops", version=1)
-    with pytest.raises(ValueError, match="cannot open"): FaceClassifier(model_folder(tmp_path / "model", small_graph(EMOTIONS, custom), EMOTIONS)).predict_faces(FACES)
+    folder = model_folder(tmp_path / "model", small_graph(EMOTIONS, custom), EMOTIONS)
+    with pytest.raises(ValueError, match="cannot open"): FaceClassifier(folder).predict_faces(FACES)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "..", "", "."])
@@ -259,8 +266,10 @@ def test_a_card_names_files_of_its_folder_only(name, tmp_path):
 def test_a_card_that_is_odd_is_refused_by_name(tmp_path):
     folder = model_folder(tmp_path / "model", small_graph(EMOTIONS), EMOTIONS)
     good = json.loads((folder / "card.json").read_text())
-    for odd in (dict(classes=["a"]), dict(classes="angry"), dict(classes=[1, 2]), dict(classes=["a", "a"]), dict(img_size="48"), dict(img_size=-1), dict(img_size=True), dict(img_size=1e9), dict(files=[]),
-                dict(files={}), dict(files={"model.onnx": "x"}), dict(files={"model.onnx": {"sha256": 5}}), dict(format="1"), dict(format=[1])):
+    for odd in (dict(classes=["a"]), dict(classes="angry"), dict(classes=[1, 2]), dict(classes=["a", "a"]),
+                dict(img_size="48"), dict(img_size=-1), dict(img_size=True), dict(img_size=1e9),
+                dict(files=[]), dict(files={}), dict(files={"model.onnx": "x"}), dict(files={"model.onnx": {"sha256": 5}}),
+                dict(format="1"), dict(format=[1])):
         (folder / "card.json").write_text(json.dumps(good | odd))
         with pytest.raises(ValueError, match="card.json|model.onnx"): read_card(folder)
     for text in ("[" * 100_000, "null", "\xff", '{"format": 1', "NaN"):
@@ -316,14 +325,16 @@ def test_nothing_in_the_package_unpickles():
     "`torch.load` without weights_only, pickle.load, yaml.load with another loader, eval and exec do not occur."
     import ast
     allowed = {("models.py", "torch.hub.load_state_dict_from_url"), ("recipe.py", "yaml.load")}  # both looked at above
-    risky = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "joblib.load", "marshal.loads", "dill.load", "cloudpickle.load",
-             "load_learner", "torch.jit.load", "torch.hub.load", "torch.hub.load_state_dict_from_url", "os.system"}
+    risky = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",
+             "joblib.load", "marshal.loads", "dill.load", "cloudpickle.load", "load_learner", "torch.jit.load",
+             "torch.hub.load", "torch.hub.load_state_dict_from_url", "os.system"}
+    options = {("allow_pickle", "True"), ("weights_only", "False"), ("shell", "True")}
     import fer_nbdev
     found = set()
     for path in Path(fer_nbdev.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in risky: found.add((path.name, ast.unparse(node.func)))
-            if isinstance(node, ast.keyword) and (node.arg, ast.unparse(node.value)) in {("allow_pickle", "True"), ("weights_only", "False"), ("shell", "True")}: found.add((path.name, node.arg))
+            if isinstance(node, ast.keyword) and (node.arg, ast.unparse(node.value)) in options: found.add((path.name, node.arg))
     assert found == allowed
 
 

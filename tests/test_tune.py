@@ -40,7 +40,8 @@ def test_hopeless_trials_are_given_up(found):
     assert len(rows) == 7 and {r["state"] for r in rows} == {"complete", "pruned"}
     assert all(r["epochs"] == TINY.epochs for r in rows if r["state"] == "complete")
     assert all(r["epochs"] < TINY.epochs for r in rows if r["state"] == "pruned")
-    assert [t.user_attrs["why"] for t in study.trials if "why" in t.user_attrs] == [f"others did better after {r['epochs']} epochs" for r in rows if r["state"] == "pruned"]
+    why = [t.user_attrs["why"] for t in study.trials if "why" in t.user_attrs]
+    assert why == [f"others did better after {r['epochs']} epochs" for r in rows if r["state"] == "pruned"]
 
 
 def test_the_score_of_a_trial_is_that_of_its_best_epoch(found):
@@ -123,7 +124,8 @@ def test_values_that_do_not_go_together_are_given_up(tmp_path, capsys):
     assert len(study.trials) == 6 and states == {True: "PRUNED", False: "COMPLETE"}
     assert "given up after  0 epochs: no score" in (said := capsys.readouterr().out) and "both balance the classes" in said
     for t in study.trials:  # each is announced, with what it tries, before it ends
-        begun, ended = said.index(f"trial {t.number:3} begins: sampling {t.params['sampling']}, "), said.index(f"trial {t.number:3} {'finished' if t.state.name == 'COMPLETE' else 'given up'}")
+        begun = said.index(f"trial {t.number:3} begins: sampling {t.params['sampling']}, ")
+        ended = said.index(f"trial {t.number:3} {'finished' if t.state.name == 'COMPLETE' else 'given up'}")
         assert begun < ended
 
 
@@ -139,12 +141,14 @@ def test_values_that_training_refuses_are_given_up(tmp_path, capsys):
         tune(TINY.set(["epochs=1"]), TABLE, ["bs=300:400"], tmp_path / "none", n_trials=2, device="cpu")
     with pytest.raises(ValueError, match="cannot be used here"):
         tune(TINY.set(["epochs=1"]), TABLE, SPACE, tmp_path / "search", n_trials=2, device="abacus")
-    assert [t.state.name for t in tune(None, TABLE, None, tmp_path / "search", n_trials=2, resume=True, device="cpu").trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    study = tune(None, TABLE, None, tmp_path / "search", n_trials=2, resume=True, device="cpu")
+    assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     for _ in range(9):
         with contextlib.suppress(ValueError):  # until it draws a 16
             tune(TINY.set(["epochs=1"]), TABLE, ["bs=16,300"], tmp_path / "some", n_trials=1, resume=True, device="cpu")
     study = tune(None, TABLE, None, tmp_path / "some", n_trials=8, resume=True, device="cpu")
-    assert {(t.params["bs"], t.state.name) for t in study.trials} - {("300", "FAIL")} == {("16", "COMPLETE"), ("300", "PRUNED")} and "only whole batches train" in capsys.readouterr().out
+    assert {(t.params["bs"], t.state.name) for t in study.trials} - {("300", "FAIL")} == {("16", "COMPLETE"), ("300", "PRUNED")}
+    assert "only whole batches train" in capsys.readouterr().out
 
 
 def test_private_test_is_refused_whatever_rows_there_are(tmp_path):
@@ -182,7 +186,8 @@ def test_a_killed_trial_goes_on_and_is_judged_as_if_it_had_not_been(tmp_path, mo
                 tune(TINY.set(["epochs=6"]), TABLE, [SPACE[0]], tmp_path / name, n_trials=1)
             time.sleep(1.5)
             monkeypatch.setattr("fer_nbdev.tune.train", lambda *args, cbs, **options: train(*args, cbs=[*cbs, Scored([.2, .3, .4, .45, .5, .52])], **options))
-        found[name] = tune(None if killed_after else TINY.set(["epochs=6"]), TABLE, None if killed_after else [SPACE[0]], tmp_path / name, n_trials=1, resume=bool(killed_after))
+        recipe, space = (None, None) if killed_after else (TINY.set(["epochs=6"]), [SPACE[0]])
+        found[name] = tune(recipe, TABLE, space, tmp_path / name, n_trials=1, resume=bool(killed_after))
     whole, killed = found["whole"].trials, found["killed"].trials
     assert len(killed) == 1 and killed[0].intermediate_values == whole[0].intermediate_values
     assert {k: v for k, v in killed[0].system_attrs.items() if "rung" in k} == {k: v for k, v in whole[0].system_attrs.items() if "rung" in k} != {}

@@ -25,7 +25,7 @@ KILLED = [name for name in (*_kills.WRITERS, "Training") if name != "Report"]
 
 @posix
 def test_writers_that_are_killed_leave_the_old_file_or_the_new_one():
-    "All writers but that of reports, which draws for a second, and a training run, in one process that forks; `bench/kills.py` does the same hundreds of times."
+    "All writers but that of reports, which draws for a second, and a training run, in one process that forks; `bench/kills.py` does it hundreds of times."
     pytest.importorskip("torch")
     pytest.importorskip("pyarrow")
     done = subprocess.run([sys.executable, "-W", "ignore", _kills.__file__, *KILLED, "--kills", "2"], capture_output=True, text=True, timeout=600,
