@@ -18,7 +18,7 @@ from .detect import crop_faces
 
 # %% ../nbs/09a_classify.ipynb #22fe5d23
 def _stamp(folder):
-    "What changes when the files of a model folder do"
+    "Times and sizes of the files of a model folder, by which a change is noticed."
     stats = [os.stat(folder/name) if (folder/name).is_file() else None for name in ('card.json', 'model.onnx')]
     return tuple(s and (s.st_mtime_ns, s.st_size) for s in stats)
 
@@ -27,11 +27,11 @@ def _kept_card(folder, stamp): return read_card(folder)
 
 # %% ../nbs/09a_classify.ipynb #0f5f07bc
 def count_threads(
-    threads: int | None = None, # what the caller asked for
-    most: int = 4, # no more than this by default
-    what: str = "threads", # the name of the argument, for the message
+    threads: int | None = None, # the number the caller asked for
+    most: int = 4, # upper limit of the default
+    what: str = "threads", # the name of the argument, for the error message
 ) -> int: # how many to start
-    "The number of threads: as asked for, or the cores that this process may use. Raises a `ValueError` unless it is a positive whole number"
+    "The number of threads: the one asked for, or else the cores that this process may use. Raises a `ValueError` unless it is a positive whole number."
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         return min(most, cores)
@@ -43,14 +43,14 @@ _PROVIDERS = { # short name -> onnxruntime's name, and the package that brings i
     'tensorrt': ('TensorrtExecutionProvider', 'onnxruntime-gpu'), 'coreml': ('CoreMLExecutionProvider', 'onnxruntime'), # on a Mac
     'openvino': ('OpenVINOExecutionProvider', 'onnxruntime-openvino'), 'directml': ('DmlExecutionProvider', 'onnxruntime-directml')}
 
-def list_providers() -> list[str]: # "cpu" and whatever else is there
-    "The short names of the providers that the installed onnxruntime has"
+def list_providers() -> list[str]: # "cpu" and whatever else is available
+    "The short names of the providers that the installed onnxruntime has."
     onnxruntime = import_onnxruntime()
     available = onnxruntime.get_available_providers()
     return [short for short, (full, _) in _PROVIDERS.items() if full in available]
 
 def _check_provider(name):
-    "A short or full name -> the full name of a provider that exists here"
+    "A short or full name -> the full name of a provider that exists here."
     onnxruntime = import_onnxruntime()
     full, _ = _PROVIDERS.get(name.lower(), (name, None))
     if full in onnxruntime.get_available_providers(): return full
@@ -63,7 +63,7 @@ def _check_provider(name):
 
 # %% ../nbs/09a_classify.ipynb #7c15fdd8
 def _check_providers(providers):
-    "None, a name, or a list of names and (name, options) -> a tuple of (full name, options as pairs)"
+    "None, a name, or a list of names and (name, options) -> a tuple of (full name, options as pairs)."
     wanted = ['cpu'] if providers is None else [providers] if isinstance(providers, str) else providers
     pairs = [p if isinstance(p, tuple) and len(p) == 2 else (p, {}) for p in wanted] if isinstance(wanted, (list, tuple)) else []
     if not pairs or not all(isinstance(name, str) and isinstance(options, dict) for name, options in pairs):
@@ -72,7 +72,7 @@ def _check_providers(providers):
 
 # %% ../nbs/09a_classify.ipynb #560c7ee9
 def _check_graph(session, card, path):
-    "Raise a `ValueError` unless the graph takes uint8 faces and gives one probability a class, for two black faces too"
+    "Raise a `ValueError` unless the graph takes uint8 faces and returns one probability per class, tried on two black faces."
     inputs = [(i.name, i.type) for i in session.get_inputs()]
     if inputs != [('faces', 'tensor(uint8)')] or 'probs' not in [o.name for o in session.get_outputs()]:
         raise ValueError(f'{str(path)!r} is not a model of this library: expected the input "faces" (uint8) and the output "probs", got {inputs}')
@@ -88,40 +88,40 @@ def _check_graph(session, card, path):
 
 # %% ../nbs/09a_classify.ipynb #03b0381c
 def _options(threads):
-    "onnxruntime's settings of a session"
+    "The onnxruntime options of a session."
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     options.log_severity_level = 3 # errors only: its warnings are about its own optimisations
-    options.add_session_config_entry('session.load_model_format', 'ONNX') # and not ORT, a format of its own that nobody has checked
+    options.add_session_config_entry('session.load_model_format', 'ONNX') # not ORT, its own format, which is not checked here
     return options
 
 @lru_cache(maxsize=8)
 def _open_session(folder, stamp, threads, providers):
-    "An onnxruntime session for the model in `folder`"
+    "An onnxruntime session for the model in `folder`."
     onnxruntime = import_onnxruntime()
     path, names, card = folder/'model.onnx', [name for name, _ in providers], _kept_card(folder, stamp)
-    graph = read_checked(path, card['files']['model.onnx']['sha256']) # opened from these bytes, so nothing else can come in
+    graph = read_checked(path, card['files']['model.onnx']['sha256']) # the session is opened from these bytes, so what was checked is what runs
     check_self_contained(graph, path)
     try: session = onnxruntime.InferenceSession(graph, _options(threads), names, [dict(options) for _, options in providers])
     except onnxruntime_errors() as e:
         raise ValueError(f'onnxruntime {onnxruntime.__version__} cannot open {str(path)!r}: {e}') from None
     failed = [name for name in names if name not in session.get_providers()]
     if failed: raise ValueError(f'onnxruntime could not start {failed[0]!r} and fell back to {session.get_providers()[0]!r}: check its drivers and libraries')
-    session.disable_fallback() # nor shall a provider that fails later be replaced without a word
+    session.disable_fallback() # nor may a provider that fails later be replaced silently
     _check_graph(session, card, path)
     return session
 
 _opening = threading.Lock()
 
 def _session(folder, stamp, threads, providers):
-    "The kept session; two threads that ask at the same time get the same one"
+    "The cached session; two threads that ask at the same time get the same one."
     with _opening: return _open_session(folder, stamp, threads, providers)
 
 # %% ../nbs/09a_classify.ipynb #d6c63647
 def _as_faces(faces, size):
-    "An array [n, h, w] or [n, h, w, c], or a list of images -> uint8 [n, size, size], gray"
+    "An array [n, h, w] or [n, h, w, c], or a list of images -> uint8 [n, size, size], gray."
     if isinstance(faces, np.ndarray):
         if faces.dtype == np.uint8 and faces.shape[1:] == (size, size): return faces
         if faces.ndim not in (3, 4) or faces.ndim == 3 and faces.shape[2] in (1, 3, 4):
@@ -137,7 +137,7 @@ def _as_faces(faces, size):
 
 # %% ../nbs/09a_classify.ipynb #52c71e5f
 class _Model:
-    "One model folder: its card now, its session when it is first needed"
+    "One model folder: its card is read now, its session opened when it is first needed."
     def __init__(self, model, threads, providers):
         folder = find_model(model)
         self.key, self.session = (folder, _stamp(folder), threads, providers), None
@@ -145,7 +145,7 @@ class _Model:
         self.img_size, self.at_once = self.card['img_size'], 16 if providers[0][0] == 'CPUExecutionProvider' else 256
 
     def __call__(self, faces):
-        "uint8 [n, s, s] -> float32 [n, k], at most `at_once` faces in one run of the session"
+        "uint8 [n, s, s] -> float32 [n, k], at most `at_once` faces per run of the session."
         if self.session is None: self.session = _session(*self.key)
         if 0 < len(faces) <= self.at_once: return self.session.run(['probs'], {'faces': faces})[0]
         none = np.empty((0, len(self.card['classes'])), np.float32)
@@ -155,7 +155,7 @@ class _Model:
 
 # %% ../nbs/09a_classify.ipynb #8a3d75f0
 def _views(faces):
-    "uint8 [n, s, s] -> [10, n, s, s]: in place and moved by 1/24 of the side to each of four sides, each also mirrored"
+    "uint8 [n, s, s] -> [10, n, s, s]: in place and shifted by 1/24 of the side in each of four directions, each also mirrored."
     size = faces.shape[-1]
     step = max(1, round(size / 24))
     padded = np.pad(faces, ((0, 0), (step, step), (step, step)), mode='edge')
@@ -164,14 +164,14 @@ def _views(faces):
     return np.concatenate([moved, moved[..., ::-1]])
 
 def _over_views(model, faces):
-    "uint8 [n, s, s] -> float32 [n, k], the mean over the ten views"
+    "uint8 [n, s, s] -> float32 [n, k], the mean over the ten views."
     views = _views(faces)
     probs = model(views.reshape(-1, *faces.shape[1:]))
     return probs.reshape(len(views), len(faces), probs.shape[-1]).mean(axis=0)
 
 # %% ../nbs/09a_classify.ipynb #30e5dce6
 def _joint_card(cards):
-    "The card of one model, or one for several that have the same classes: the name says which, the size is the largest"
+    "The card of one model, or a joint one for several with the same classes: all their names, and the largest size."
     if len(cards) == 1: return cards[0]
     for card in cards[1:]:
         if card['classes'] != cards[0]['classes']:
@@ -182,16 +182,16 @@ def _joint_card(cards):
 
 # %% ../nbs/09a_classify.ipynb #7ba0d9f3
 class FaceClassifier:
-    """Models that are ready to answer for faces. It may be shared between threads, and pickled.
+    """One or more models, ready to classify faces. It can be shared between threads, and pickled.
 
-    Raises `ValueError` for an unknown model or provider, and what `read_card` raises for a model folder that is not whole.
-    The first prediction opens the session; the following ones cost only the inference."""
+    Raises `ValueError` for an unknown model or provider, and what `read_card` raises for a model folder that is not intact.
+    The first prediction opens the session; later ones cost only the inference."""
     def __init__(self,
         model: str | os.PathLike | list = "accurate", # the name of a bundled model or a model folder; several in a list are averaged
         *,
         threads: int | None = None, # threads of the network in one run; default: the usable cores, at most 4
         providers: str | list | None = None, # onnxruntime providers in order of preference, see `list_providers`; default: the CPU
-        tta: bool = False, # average over ten views of each face: a little better, ten times the arithmetic
+        tta: bool = False, # average over ten views of each face: a little better, ten times the computation
     ):
         names, settings = model if isinstance(model, (list, tuple)) else [model], (count_threads(threads), _check_providers(providers))
         if len(names) == 0: raise ValueError('an ensemble needs a model at least, got an empty list')
@@ -202,11 +202,11 @@ class FaceClassifier:
     def predict_faces(self,
         faces, # gray faces, uint8 [n, h, w], or a list of crops of any size, each anything that `read_image` takes
     ) -> np.ndarray: # probabilities, float32 [n, k], in the order of `self.classes`
-        "The probabilities of faces that are cut out already; crops that are not square count from their middle"
+        "The probabilities of faces that are already cropped; of a crop that is not square, the central square is used."
         return self._average({m.img_size: _as_faces(faces, m.img_size) for m in self._models})
 
     def _average(self, faces):
-        "Batches of faces by their size -> the mean of what the models say"
+        "Batches of faces, keyed by size -> the mean of the models' probabilities."
         probs = [_over_views(m, faces[m.img_size]) if self.tta else m(faces[m.img_size]) for m in self._models]
         return probs[0] if len(probs) == 1 else np.mean(probs, axis=0)
 

@@ -31,12 +31,12 @@ app = typer.Typer(name="fer", help="Facial emotion recognition in photos and vid
                   rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=dict(help_option_names=["-h", "--help"]))
 
 class _Errors(typer.core.TyperGroup):
-    "Print the errors that say what to do as one line, without a traceback. Commands are listed by what they are for."
+    "Print expected errors as one line, without a traceback. Commands are listed by what they are for."
     def list_commands(self, ctx): return sorted(self.commands, key=lambda name: _PANELS.index(self.commands[name].rich_help_panel))
 
     def invoke(self, ctx):
         try: return super().invoke(ctx)
-        except BrokenPipeError: raise  # `fer predict ... | head`: whoever reads has enough
+        except BrokenPipeError: raise  # `fer predict ... | head`: the reader has enough
         except (ValueError, ImportError, OSError) as e:
             print(f"fer: {e}", file=sys.stderr)
             raise typer.Exit(2) from None
@@ -44,7 +44,7 @@ class _Errors(typer.core.TyperGroup):
 app.info.cls = _Errors
 
 def _expand(argument):
-    "`~/` is the home folder, as in a shell; and in `--out=~/run`, where shells leave it."
+    "Expand `~/` as a shell does, also in `--out=~/run`, where shells do not."
     option, equals, value = argument.partition("=")
     return f"{option}={expand_home(value)}" if equals and option.startswith("--") else expand_home(argument)
 
@@ -84,7 +84,7 @@ def find_images(
 
 # %% ../nbs/14_cli.ipynb #45f90d91
 def _json_line(image, preds):
-    "One JSON object: the image with its faces, or with what is wrong with it."
+    "One JSON object: the image with its faces, or with its error."
     return json.dumps(dict(image=image, error=str(preds)) if isinstance(preds, Exception) else dict(image=image, faces=[p.to_dict() for p in preds]))
 
 def _csv_lines(rows):
@@ -94,18 +94,18 @@ def _csv_lines(rows):
     return out.getvalue().rstrip("\n")
 
 def _begin_csv(columns):
-    "Print the line of names. In a file or a pipe every name has to be what it is, whatever the terminal could show."
+    "Print the header. In a file or a pipe every file name must come out unchanged, whatever the terminal could show."
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty(): sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     print(_csv_lines([columns]))
 
 def _csv_faces(image, preds):
-    "One csv row a face: image, face number, box, emotion, confidence, probabilities."
+    "One csv row per face: image, face number, box, emotion, confidence, probabilities."
     from fer_nbdev.inference import _csv_rows
     return _csv_lines(_csv_rows(image, preds))
 
 # %% ../nbs/14_cli.ipynb #bf8b37a7
 def _shown(text, instead):
-    "A text, or what stands for it where standard output cannot carry it."
+    "A text, or its substitute if standard output cannot encode it."
     try: text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError: return instead
     return text
@@ -119,7 +119,7 @@ def _bars(image, preds):
     return "\n".join(lines)
 
 def _table(results):
-    "A table with one row a face, for several images."
+    "A table with one row per face, for several images."
     from rich.markup import escape
     from rich.table import Table
     table = Table("image", "box", "emotion", "confidence", "then")
@@ -131,7 +131,7 @@ def _table(results):
     return table
 
 def _print_summary(results, n):
-    "Bars where one image was asked for, otherwise a table."
+    "Print bars for a single image, otherwise a table."
     if n == 1: print(_bars(*results[0]))
     else: _console().print(_table(results))
 
@@ -141,13 +141,13 @@ def _console(err=False):
     return Console(stderr=err, force_jupyter=False)
 
 def _progress(items, total, on=True, what="Predicting"):
-    "Items with a progress bar on stderr, where that is a terminal."
+    "Items with a progress bar on stderr, if that is a terminal."
     if not on or not sys.stderr.isatty(): return items
     from rich.progress import track
     return track(items, description=what, total=total, console=_console(err=True))
 
 def _annotate(out, picture, name, preds):
-    "Save the picture with boxes, labels and probability bars as `<out>/<name>.png`; never over another one of this call."
+    "Save the picture with boxes, labels and probability bars as `<out>/<name>.png`; never over another one from this call."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from fer_nbdev.inference import plot_predictions
@@ -157,7 +157,7 @@ def _annotate(out, picture, name, preds):
     with write_whole(out/f"{name}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
 
 def _names(images, out):
-    "A stem of a picture in `out` for every image: all different, also where capitals and small letters are the same, and never that of an image which is read."
+    "A file stem in `out` for every image: all different, even if case is ignored, and never that of an image which is read."
     taken, names = {}, []  # a name as file systems compare it -> the number that the next one like it tries first
     def plain(name): return normalize("NFC", str(name)).casefold()
     read = {plain(os.path.realpath(image)) for image in images if "\0" not in image}
@@ -182,7 +182,7 @@ def _stages(predictor, source):
     return [1000*(b - a) for a, b in zip(t, t[1:])], len(preds)
 
 def _print_latency(predictor, sources, at_most=20):
-    "The median of each step over the first images, after one that does not count."
+    "Print the median of each step over the first images, after one warm-up."
     from statistics import median
     _stages(predictor, sources[0])
     stages, faces = zip(*(_stages(predictor, source) for source in (sources*5)[:max(5, min(len(sources), at_most))]))
@@ -191,17 +191,17 @@ def _print_latency(predictor, sources, at_most=20):
           f"{sum(faces)/len(faces):.1f} faces an image; medians of {len(faces)}", file=sys.stderr)
 
 # %% ../nbs/14_cli.ipynb #fe609296
-_SAMPLE = "sample portrait"  # what is predicted where no image is named
+_SAMPLE = "sample portrait"  # what is predicted if no image is named
 
 def _arguments(images, files_from):
-    "The images that a command line asks for."
+    "The images that a command line names."
     for image in images or []:
         if image.startswith(("http://", "https://")): raise ValueError(f"{image} is an address, and fer downloads nothing: curl -s {image} | fer predict -")
     listed = _listed(files_from) if files_from else []
     return find_images([*(images or []), *listed]) if images or listed else [_SAMPLE]
 
 def _listed(files_from):
-    "The paths in a file, one a line."
+    "The paths in a file, one per line."
     data = sys.stdin.buffer.read() if str(files_from) == "-" else Path(files_from).read_bytes()
     text = data.decode("utf-16") if data[:2] in (b"\xff\xfe", b"\xfe\xff") else data.decode("utf-8-sig", "surrogateescape")
     listed = list(filter(None, text.splitlines()))
@@ -214,13 +214,13 @@ def _source(image):
     return sys.stdin.buffer.read() if image == "-" else sample_portrait() if image == _SAMPLE else image
 
 def _print_answer(image, preds, as_json, as_csv):
-    "What is printed as soon as an image is done."
+    "Print the result of an image as soon as it is done."
     if as_json: print(_json_line(image, preds), flush=True)
     if isinstance(preds, Exception): print(f"fer: {preds}" if image in str(preds) else f"fer: {image}: {preds}", file=sys.stderr)
     elif as_csv and preds: print(_csv_faces(image, preds), flush=True)
 
 def _predict_here(images, workers, as_json, as_csv, annotate, latency, **settings):
-    "What `fer predict` does in this process: answers are printed as they come."
+    "Run `fer predict` in this process: results are printed as they come."
     from fer_nbdev.inference import _COLUMNS, Predictor
     _check_folder("--annotate", annotate)
     predictor, done = Predictor(**settings), []
@@ -239,7 +239,7 @@ def _predict_here(images, workers, as_json, as_csv, annotate, latency, **setting
 
 # %% ../nbs/14_cli.ipynb #8ffdd7f6
 def _check_engine(engine, out, ray_address, printing):
-    "True for ray; raises where options do not fit to the engine."
+    "True for ray; raises if options do not fit the engine."
     if engine not in ("threads", "ray"): raise typer.BadParameter(f"--engine is threads or ray, not {engine!r}")
     if engine == "threads":
         for option, value in {"--out": out, "--ray-address": ray_address}.items():
@@ -251,7 +251,7 @@ def _check_engine(engine, out, ray_address, printing):
     return True
 
 def _predict_ray(images, files_from, out, **settings):
-    "What `fer predict --engine ray` does: paths and addresses go to the workers as they are."
+    "Run `fer predict --engine ray`: paths and addresses go to the workers as they are."
     from contextlib import nullcontext
     from rich.progress import Progress
     from fer_nbdev.scale import predict_dataset
@@ -266,7 +266,7 @@ def _predict_ray(images, files_from, out, **settings):
 
 # %% ../nbs/14_cli.ipynb #64a7b6b6
 def _completed(names):
-    "What a shell asks for the rest of a word: one of these names, or nothing, and then it offers files."
+    "Shell completion of a word: one of these names, or nothing, and then the shell offers files."
     def complete(incomplete: str): return [name for name in names() if name.startswith(incomplete)]
     return dict(autocompletion=complete)
 
@@ -299,7 +299,7 @@ _Data = Annotated[Path | None, typer.Option(help="FER2013: a csv or class folder
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. Default: the GPU where there is one.")]
 
 def _check_folder(option, path):
-    "Raise `ValueError` where a file is in the place of a folder that a command shall write."
+    "Raise `ValueError` if a file stands where a command is to write a folder."
     if path and path.exists() and not path.is_dir(): raise ValueError(f"{option} {path} is a file: expected a folder")
 
 # %% ../nbs/14_cli.ipynb #a96653de
@@ -355,7 +355,7 @@ _Jsonl = Annotated[str | None, typer.Option("--json", help="JSON lines to write 
 _Timeline = Annotated[Path | None, typer.Option(help="Picture to write: the probabilities of each person over time.")]
 
 def _run_video(source, live, model, detector, min_confidence, jsonl, **settings):
-    "Follow the faces of a video with a progress bar, and print the summary."
+    "Track the faces of a video with a progress bar, and print the summary."
     from fer_nbdev.inference import Predictor
     from fer_nbdev.video import VideoReader, process_video
     predictor = Predictor(model, detector=detector, min_confidence=min_confidence)
@@ -366,7 +366,7 @@ def _run_video(source, live, model, detector, min_confidence, jsonl, **settings)
     print(seen, file=sys.stderr if jsonl == "-" else sys.stdout)
 
 def _video_progress(reader):
-    "A bar on stderr where that is a terminal: a context manager that gives what is called with each frame, or None"
+    "A progress bar on stderr, if that is a terminal: a context manager that yields the function to call with each frame, or None."
     from contextlib import contextmanager, nullcontext
     if not sys.stderr.isatty(): return nullcontext()
     from rich.markup import escape
@@ -498,7 +498,7 @@ def models(
 
 # %% ../nbs/14_cli.ipynb #54f5674f
 def _read_data(data, classes=None):
-    "The table at `data`, with a word on stderr, since the first read of the csv takes seconds."
+    "The table at `data`, with a note on stderr, since the first read of the csv takes seconds."
     from fer_nbdev.data import read_fer2013
     table = read_fer2013(data, classes=tuple(c.strip() for c in classes.split(",")) if isinstance(classes, str) else classes)
     print(table, file=sys.stderr)
@@ -576,7 +576,7 @@ def _run_training(recipe, table, out, resume, device, track):
     except KeyboardInterrupt:
         print(f"\nstopped: fer train --out {out} --resume (and the same --data) goes on from the last finished epoch", file=sys.stderr)
         raise typer.Exit(130) from None
-    # of several processes the first goes on; the others end here, without taking native threads down one by one, by which PyTorch aborts now and then
+    # of several processes only the first continues; the others exit here without shutting native threads down, on which PyTorch sometimes aborts
     if rank_distrib():
         sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
     _print_card(export_run(out, out/"model", table), out/"model")
@@ -629,7 +629,7 @@ def _train_data(data, votes=None, translate=False):
     return (translate_votes if translate else soft_labels)(table, read_ferplus(votes)) if votes else table
 
 def _train_recipe(out, recipe, default, settings, resume=False, classes=None, teachers=None):
-    "The recipe of a new run; None where the run in `out` is resumed with its own."
+    "The recipe of a new run; None if the run in `out` is resumed with its own."
     from fastai.torch_core import num_distrib
     from fer_nbdev.cards import find_model
     from fer_nbdev.recipe import read_recipe
@@ -644,7 +644,7 @@ def _train_recipe(out, recipe, default, settings, resume=False, classes=None, te
     return read_recipe(recipe or default).set([*(settings or []), *asked])
 
 def _report(run, table):
-    "Write the report of a run: on PrivateTest, or on the faces that selected where these include it."
+    "Write the report of a run: on PrivateTest, or on the selection split if that includes it."
     from fer_nbdev.evaluate import evaluate_model
     from fer_nbdev.recipe import read_recipe
     from fer_nbdev.report import write_report
@@ -657,7 +657,7 @@ def _report(run, table):
     print((run/"report"/"report.txt").read_text(encoding="utf-8") + f"report: {run/'report'/'report.html'}")
 
 def _print_card(card, out):
-    "The scores of an exported model, what its calibration is worth, and where it is."
+    "Print the scores of an exported model, the effect of its calibration, and where it is."
     for usage, s in card.get("scores", {}).items(): print(f"{usage}: accuracy {s['accuracy']:.1%}, macro F1 {s['macro_f1']:.3f}, ECE {s['ece']:.3f}")
     if (c := card.get("calibration")) and c["losses"]:
         losses = ", ".join(f"{m} {v:.3f}" for m, v in c["losses"].items())
@@ -689,7 +689,7 @@ def evaluate(
     from fer_nbdev.evaluate import evaluate_model
     from fer_nbdev.report import write_report
     _check_folder("--out", out)
-    split_names(split)  # raises: what is wrong at once is said before the data is read
+    split_names(split)  # raises before the data is read
     opened, second = _open(model, tta), _open(compare, tta) if compare else None
     table = _read_data(data)
     e = evaluate_model(_Watched(opened) if tta else opened, table, split)
@@ -706,7 +706,7 @@ def evaluate(
 
 # %% ../nbs/14_cli.ipynb #309285a7
 def _damage(model, table, split, out):
-    "What is left under every damage; in the folder of a report also as JSON and as curves."
+    "The scores under every kind of damage; in the folder of a report also saved as JSON and as curves."
     from fer_nbdev.robustness import evaluate_robustness, plot_robustness
     damaged = evaluate_robustness(model, table, split, progress=lambda settings: _progress(settings, len(settings), what="Damaging"))
     if out:
@@ -715,7 +715,7 @@ def _damage(model, table, split, out):
     return damaged
 
 def _print_damage(damaged):
-    "Accuracy under every damage at every strength."
+    "Print the accuracy under every kind of damage at every strength."
     from rich.table import Table
     by = damaged.by_severity()
     table = Table("accuracy under", "as it is", *map(str, range(1, by.shape[1] - 1)), "mean", title="severity of the damage")
@@ -735,7 +735,7 @@ def _open(model, tta):
     return Predictor(folder or model, tta=tta)
 
 class _Watched:
-    "A predictor with a progress bar, where it is asked about many faces."
+    "A predictor with a progress bar for many faces."
     def __init__(self, predictor): self.predictor = predictor
     def __getattr__(self, name): return getattr(self.predictor, name)
 
@@ -744,14 +744,14 @@ class _Watched:
         return np.concatenate([self.predictor.predict_faces(p) for p in _progress(parts, len(parts), on=len(parts) > 1)])
 
 def _print_comparison(c, e, other):
-    "Which of two models is better, and whether that is more than chance."
+    "Print which of two models is better, and whether that is more than chance."
     (low, high), gap = c["intervals"]["accuracy"], c["difference"]["accuracy"]
     print(f"{other.title}: accuracy {other.scores['accuracy']:.2%}; {e.about['model']} is {100*gap:+.2f} points from it "
           f"(95% between {100*low:+.2f} and {100*high:+.2f}), alone right on {c['only_first']:,} faces, "
           f"the other on {c['only_second']:,}; p = {c['p_value']:.2g} by McNemar's test")
 
 def _print_card_and_speed(predictor, split):
-    "What the card of a model says about the split, and how long a face takes here and now."
+    "Print what the card of a model says about the split, and how long a face takes here and now."
     from fer_nbdev.evaluate import measure_latency
     if isinstance(predictor, str): return
     card = predictor.card.get("scores", {}).get(split)
@@ -760,7 +760,7 @@ def _print_card_and_speed(predictor, split):
     print(f"{t['single_ms']:.2f} ms a face one by one, {t['batch_ms']:.2f} ms in batches of {t['batch']}, on this machine now")
 
 def _print_scores(s, title):
-    "A row for each class and a line of sums."
+    "Print a row for each class and a line of overall scores."
     from rich.markup import escape
     from rich.table import Table
     table = Table("class", "precision", "recall", "F1", "faces", title=escape(title))

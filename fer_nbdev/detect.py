@@ -17,10 +17,10 @@ from .core import Box, check_count, expand_home, import_cv2, read_image, write_w
 from .faces import resize_face
 
 # %% ../nbs/09_detect.ipynb #35e4645b
-_local = threading.local() # what each thread keeps for itself: its cascade, its YuNet
+_local = threading.local() # each thread has its own cascade and YuNet
 
 def _haar():
-    "The frontal face cascade of this thread"
+    "The frontal face cascade of this thread."
     if not hasattr(_local, 'haar'):
         cv2 = import_cv2()
         if not hasattr(cv2, 'CascadeClassifier'):
@@ -29,10 +29,10 @@ def _haar():
     return _local.haar
 
 # %% ../nbs/09_detect.ipynb #fe94ada6
-_WINDOW = 20 # a face must be this many pixels across to be found, in the picture that is searched
+_WINDOW = 20 # a face must be at least this many pixels wide in the searched picture to be found
 
 def _search_side(height, width, min_size=None, max_side=None):
-    "The longer side at which to search an image: `max_side` or the default, and more where `min_size` needs it, but not enlarged beyond 480"
+    "The longer side at which to search an image: `max_side` or the default, more if `min_size` needs it, but never enlarged beyond 480."
     longest = max(height, width)
     side = max_side or min(max(480, longest / 4), 800)
     if min_size is not None: side = max(side, longest * _WINDOW / min_size)
@@ -40,7 +40,7 @@ def _search_side(height, width, min_size=None, max_side=None):
 
 # %% ../nbs/09_detect.ipynb #74ae9499
 def _candidates(gray, window, border, scale_factor, most=44):
-    "Squares x, y, side from `window` pixels on that one hit of Haar takes for a face, in a picture with a border"
+    "Squares (x, y, side) of `window` pixels or more that Haar takes for a face with one hit, in a picture with a border."
     cv2, inset, found = import_cv2(), max(0, border - 9), [] # a small window needs only a narrow border
     def look(image, least, limit=0): return _haar().detectMultiScale(image, scale_factor, 1, 0, (least, least), (limit, limit))
     if window < most:
@@ -50,7 +50,7 @@ def _candidates(gray, window, border, scale_factor, most=44):
     return found + [(2 * x, 2 * y, 2 * side) for x, y, side, _ in look(half, max(_WINDOW, window // 2))]
 
 def _look_again(gray, xys, min_neighbors, face=48):
-    "Search around a candidate of Haar, enlarged or shrunk to `face` pixels -> its box x, y, side, or None if it is not confirmed"
+    "Search again around a Haar candidate, resized to `face` pixels -> its box (x, y, side), or None if it is not confirmed."
     cv2, (x, y, side) = import_cv2(), xys
     margin = .3 * side
     left, top = int(max(0, x - margin)), int(max(0, y - margin))
@@ -64,7 +64,7 @@ def _look_again(gray, xys, min_neighbors, face=48):
     return x / scale + left, y / scale + top, side / scale
 
 def _find_haar(image, min_size=None, max_side=None, scale_factor=1.15, min_neighbors=3, **_):
-    "Viola-Jones by OpenCV: an RGB array -> float [n, 4], possibly beyond the edges, and None for the eyes"
+    "OpenCV's Viola-Jones detector: an RGB array -> float [n, 4], possibly beyond the edges, and None for the eyes."
     cv2 = import_cv2()
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     scale = min(1., _search_side(gray.shape[0], gray.shape[1], min_size, max_side) / max(gray.shape))
@@ -81,7 +81,7 @@ YUNET_URL = 'https://media.githubusercontent.com/media/opencv/opencv_zoo/main/mo
 YUNET_SHA256 = '8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4'
 
 def _cache_folder():
-    "`FER_CACHE`, or our part of the user's cache folder (where platformdirs would put it; the plain install does without that package)"
+    "`FER_CACHE`, or our part of the user's cache folder (where platformdirs, which the plain install lacks, would put it)."
     if os.environ.get('FER_CACHE'): return Path(expand_home(os.environ['FER_CACHE']))
     home = Path(os.path.expanduser('~'))
     if sys.platform == 'win32': folder = os.environ.get('LOCALAPPDATA') or home/'AppData/Local'
@@ -92,9 +92,9 @@ def _cache_folder():
 def _yunet_file(): return _cache_folder()/YUNET_URL.rsplit('/', 1)[1]
 
 def find_yunet() -> Path | None: # the model file, or None
-    """The YuNet model that `detect_faces` takes: the file that the environment variable `FER_YUNET` names, or else the one in the cache folder.
+    """The YuNet model that `detect_faces` uses: the file that the environment variable `FER_YUNET` names, or else the one in the cache folder.
 
-    Raises `FileNotFoundError` where `FER_YUNET` names something else than a file."""
+    Raises `FileNotFoundError` if `FER_YUNET` names anything but a file."""
     named = os.environ.get('FER_YUNET')
     path = Path(expand_home(named)) if named else _yunet_file()
     if path.is_file(): return path
@@ -104,7 +104,7 @@ def find_yunet() -> Path | None: # the model file, or None
 
 # %% ../nbs/09_detect.ipynb #fe15f013
 def _download(url, timeout, chunk=1 << 15, chunks=64):
-    "The bytes behind an address, at most two megabytes, with a progress bar where stderr is a terminal"
+    "Download at most two megabytes from an address, with a progress bar if stderr is a terminal -> bytes."
     from urllib.request import Request, urlopen
     from rich.console import Console
     from rich.progress import wrap_file
@@ -115,12 +115,12 @@ def _download(url, timeout, chunk=1 << 15, chunks=64):
 
 def fetch_yunet(
     url: str = YUNET_URL, # where to download from: OpenCV's collection of models, or a copy of that file elsewhere
-    timeout: float = 20., # how many seconds to wait for the server to answer, and for each further piece
+    timeout: float = 20., # seconds to wait for the server to respond, and for each further chunk
 ) -> Path: # the model file in the cache folder, which `detect_faces` finds from now on
-    """Download the YuNet model once, 233 kB, into the cache folder (`FER_CACHE`, or the user's own). Does nothing where it is there already.
+    """Download the YuNet model once, 233 kB, into the cache folder (`FER_CACHE`, or the user's own). Does nothing if it is there already.
 
-    The file is kept only if its sha256 is the official one. Raises `ConnectionError` where the address cannot be reached,
-    and `ValueError` where it gives another file."""
+    The file is kept only if its sha256 is the official one. Raises `ConnectionError` if the address cannot be reached,
+    and `ValueError` if it returns another file."""
     from http.client import HTTPException
     target = _yunet_file()
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == YUNET_SHA256: return target
@@ -136,7 +136,7 @@ def fetch_yunet(
 
 # %% ../nbs/09_detect.ipynb #266c9ac5
 def _load_yunet(path):
-    "A YuNet detector of OpenCV from a model file; raises a `ValueError` for a file that is none"
+    "OpenCV's YuNet detector, loaded from a model file; raises a `ValueError` for any other file."
     cv2, data = import_cv2(), Path(path).read_bytes()
     if data.startswith(b'version https://git-lfs'):
         raise ValueError(f'{str(path)!r} is not the model but a git-lfs note of where it is stored: download it from {YUNET_URL}, or call fetch_yunet()')
@@ -149,7 +149,7 @@ def _load_yunet(path):
     return detector
 
 def _yunet(path):
-    "This thread's detector for a model file, loaded again where the file has changed"
+    "This thread's detector for a model file, loaded again if the file has changed."
     if not os.path.isfile(path): raise FileNotFoundError(f'there is no YuNet model {str(path)!r}')
     stat = os.stat(path)
     key = os.fspath(path), stat.st_mtime_ns, stat.st_size
@@ -157,7 +157,7 @@ def _yunet(path):
     return _local.yunet[1]
 
 def _find_yunet(image, model, min_size=None, max_side=None, min_score=.5, **_):
-    "YuNet by OpenCV: an RGB array -> float boxes [n, 4], possibly beyond the edges, and eyes [n, 2, 2]"
+    "OpenCV's YuNet detector: an RGB array -> float boxes [n, 4], possibly beyond the edges, and eyes [n, 2, 2]."
     cv2, detector, found = import_cv2(), _yunet(model), [np.empty((0, 7, 2))]
     detector.setScoreThreshold(min_score)
     height, width = image.shape[:2]
@@ -165,12 +165,12 @@ def _find_yunet(image, model, min_size=None, max_side=None, min_score=.5, **_):
     while True:
         size = [max(1, round(length * side / max(height, width))) for length in (width, height)]
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if side < max(height, width) else cv2.INTER_LINEAR)
-        # with 32 rows or columns or fewer OpenCV (4.10, 4.14) gives another answer each time, so such strips are made wider
+        # with 32 rows or columns or fewer OpenCV (4.10, 4.14) finds something else each time, so such strips are padded
         small = cv2.copyMakeBorder(small, 0, max(0, 64 - size[1]), 0, max(0, 64 - size[0]), cv2.BORDER_CONSTANT)
         detector.setInputSize(small.shape[1::-1])
         rows = detector.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))[1]
         if rows is not None:
-            rows = rows[np.isfinite(rows).all(axis=1), :14] # on pictures of a few pixels they are not
+            rows = rows[np.isfinite(rows).all(axis=1), :14] # on pictures of a few pixels some are not
             found.append(rows.reshape(-1, 7, 2) * (width / size[0], height / size[1]))
         if side <= 640: break
         side /= 3
@@ -183,7 +183,7 @@ def check_boxes(
     image: np.ndarray, # the image they belong to, [h, w, ...]
     box_format: str = "xyxy", # what the four numbers are: "xyxy" (x0, y0, x1, y1), or "xywh" (x0, y0, width, height)
 ) -> list[Box]: # the same boxes, in the same order
-    "Check that boxes are well-formed and inside the image; raises a `ValueError` that names the box and the image size"
+    "Check that boxes are well-formed and inside the image; raises a `ValueError` that names the box and the image size."
     names = {'xyxy': '(x0, y0, x1, y1)', 'xywh': '(x0, y0, width, height)'}
     if box_format not in names: raise ValueError(f'box_format must be "xyxy" or "xywh", got {box_format!r}')
     height, width = image.shape[:2]
@@ -208,33 +208,33 @@ def check_boxes(
 
 # %% ../nbs/09_detect.ipynb #f2986d0c
 def _distinct(found, overlap=.3):
-    "Which of the boxes [n, 4] to keep: not those that lie by more than `overlap` of their area in a larger one"
+    "Indices of the boxes [n, 4] to keep: those with at most `overlap` of their area inside a larger one that is kept."
     sides = np.maximum(found[:, 2:] - found[:, :2], 0)
     area, kept = sides[:, 0] * sides[:, 1], []
-    for i in np.lexsort((*found.T[::-1], -area)): # equal ones by their place, since OpenCV's threads give them in any order
+    for i in np.lexsort((*found.T[::-1], -area)): # equal ones by position, since OpenCV's threads return them in any order
         shared = np.maximum(np.minimum(found[kept, 2:], found[i, 2:]) - np.maximum(found[kept, :2], found[i, :2]), 0)
         if (shared[:, 0] * shared[:, 1] <= overlap * area[i]).all(): kept.append(i)
     return kept
 
 def _squares(found, factor):
-    "Boxes [n, 4] -> squares about the same centres, their side `factor` times the square root of the box's area"
+    "Boxes [n, 4] -> squares about the same centres, their side `factor` times the square root of the box's area."
     centre, sides = (found[:, :2] + found[:, 2:]) / 2, np.maximum(found[:, 2:] - found[:, :2], 0)
     half = factor / 2 * np.sqrt(sides[:, :1] * sides[:, 1:])
     return np.concatenate([centre - half, centre + half], axis=1)
 
 # %% ../nbs/09_detect.ipynb #cc1d195b
 def _find_none(image, **_):
-    "The whole image is one face"
+    "The whole image is one face."
     return np.array([[0, 0, image.shape[1], image.shape[0]]], float), None
 
 _DETECTORS: dict[str, tuple[Callable, float | None]] = {'haar': (_find_haar, 1.05), 'yunet': (_find_yunet, 1.05), 'none': (_find_none, None)}
 
 def list_detectors() -> list[str]: # what `detect_faces` takes as `detector`, besides paths of YuNet models and functions
-    "The names of the detectors"
+    "The names of the detectors."
     return ['auto', *_DETECTORS]
 
 def _choose(detector):
-    "The name in the table, and the model file if it is YuNet"
+    "The name in the table, and the model file if it is YuNet."
     if isinstance(detector, os.PathLike) or isinstance(detector, str) and detector.endswith('.onnx'): return 'yunet', expand_home(detector)
     if detector not in list_detectors():
         raise ValueError(f'unknown detector {detector!r}: the known ones are {", ".join(map(repr, list_detectors()))}; '
@@ -247,22 +247,22 @@ def _choose(detector):
 
 # %% ../nbs/09_detect.ipynb #6494048d
 def _tidy(found, eyes, image, factor=None, min_size=None):
-    "Detector output -> boxes inside the image, largest first, and their eyes, NaN where they are not known"
+    "Detector output -> boxes inside the image, largest first, and their eyes, NaN if unknown."
     edges, keep = image.shape[1::-1] * 2, _distinct(found)
     found, eyes = found[keep], np.full((len(keep), 2, 2), np.nan) if eyes is None else np.asarray(eyes, float)[keep]
     ours = factor is not None # our own detectors: their squares, but not those too small
     if ours: found = _squares(found, factor)
     inside = np.rint(np.clip(found, 0, edges))
-    drop = (inside[:, 2:] <= inside[:, :2]).any(axis=1) # nothing of it is in the image
+    drop = (inside[:, 2:] <= inside[:, :2]).any(axis=1) # no part of it is in the image
     if ours: drop |= found[:, 2] - found[:, 0] < (min_size or 0)
-    else: drop &= (found[:, 2:] > found[:, :2]).all(axis=1) # a function's empty box is a mistake, which `check_boxes` names
+    else: drop &= (found[:, 2:] > found[:, :2]).all(axis=1) # a function's empty box is a mistake, which `check_boxes` reports
     found, eyes = found[~drop], eyes[~drop]
     boxes = check_boxes(np.clip(found, 0, edges), image)
     order = sorted(range(len(boxes)), key=lambda i: (-boxes[i].area, boxes[i]))
     return [boxes[i] for i in order], eyes[order]
 
 def _ask(detector, image):
-    "What a function says, as float [n, 4], and eyes [n, 2, 2] or None; raises a `ValueError` for anything that is not boxes"
+    "What a function returns, as boxes float [n, 4] and eyes [n, 2, 2] or None; raises a `ValueError` for anything that is not boxes."
     found, eyes = detector(image), None
     if isinstance(found, tuple) and len(found) == 2 and np.ndim(found[1]) == 3: found, eyes = found
     try: found = arr = np.asarray(found if isinstance(found, np.ndarray) else list(found), np.float64)
@@ -274,7 +274,7 @@ def _ask(detector, image):
 
 # %% ../nbs/09_detect.ipynb #3af4d8d4
 def _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors):
-    "Raise a `ValueError` for a setting out of range"
+    "Raise a `ValueError` for a setting out of range."
     if min_size is not None and not 1 <= min_size < math.inf: raise ValueError(f'min_size is in pixels and at least 1, got {min_size!r}')
     if max_side is not None and not max_side >= _WINDOW: raise ValueError(f'max_side must be at least {_WINDOW} pixels, got {max_side!r}')
     if not 0 <= min_score <= 1: raise ValueError(f'min_score is between 0 and 1, got {min_score!r}')
@@ -287,19 +287,19 @@ def detect_faces(
     image, # anything `read_image` takes: a path, bytes, a PIL image, a uint8 array
     detector: str | os.PathLike | Callable = "auto", # "auto" (yunet where `find_yunet` finds it, else haar), "haar", "yunet", "none", a path or a function
     *,
-    min_size: int | None = None, # the smallest face to look for, in pixels of the image; default: 20 pixels of what is searched, see `max_side`
+    min_size: int | None = None, # the smallest face to look for, in pixels of the image; default: 20 pixels at the size that is searched, see `max_side`
     max_side: int | None = None, # the longer side to search at, unless `min_size` needs more; default: 480 pixels; for a large image a quarter of it, up to 800
-    min_score: float = .5, # yunet: how sure it must be, 0 to 1
-    scale_factor: float = 1.15, # haar: how much larger each scale is than the last; nearer to 1 finds more, slower
+    min_score: float = .5, # yunet: the lowest score of a face, 0 to 1
+    scale_factor: float = 1.15, # haar: how much larger each scale is than the last; closer to 1 finds more but is slower
     min_neighbors: int = 3, # haar: how many overlapping hits confirm a face; higher gives fewer false alarms and fewer faces
-    return_eyes: bool = False, # also return the eyes, float [n, 2, 2]: x, y of each person's right and left, for `crop_faces`; YuNet and functions only
-) -> list[Box]: # boxes in pixels of the image, largest first, not overlapping; [] where there is no face; with `return_eyes` (boxes, eyes)
-    """Find the faces in an image. The boxes of Haar and YuNet are framed as FER2013's faces are, so that `crop_faces` needs no margin.
+    return_eyes: bool = False, # also return the eyes, float [n, 2, 2]: x, y of each person's right and left eye, for `crop_faces`; YuNet and functions only
+) -> list[Box]: # boxes in pixels of the image, largest first, not overlapping; [] if there is no face; (boxes, eyes) with `return_eyes`
+    """Find the faces in an image. The boxes of Haar and YuNet are framed like FER2013's faces, so `crop_faces` needs no margin.
 
-    "none" takes the whole image for one face. A path leads to a YuNet model (.onnx). A function turns an RGB array into boxes (x0, y0, x1, y1),
-    or into (boxes, eyes); its boxes are cut off at the edges of the image, and left out where nothing remains.
-    Raises `ValueError` for an unknown detector, a file that is no YuNet model, settings out of range, one that finds no eyes where they are asked for,
-    and for a function that returns something other than boxes; `FileNotFoundError` where YuNet's model is not there."""
+    "none" takes the whole image as one face. A path names a YuNet model (.onnx). A function maps an RGB array to boxes (x0, y0, x1, y1),
+    or to (boxes, eyes); its boxes are clipped at the edges of the image, and dropped if nothing remains.
+    Raises `ValueError` for an unknown detector, a file that is not a YuNet model, settings out of range, `return_eyes` with a detector that
+    finds no eyes, and a function that returns something other than boxes; `FileNotFoundError` if YuNet's model is missing."""
     image = read_image(image)
     _check_settings(min_size, max_side, min_score, scale_factor, min_neighbors)
     if callable(detector):
@@ -318,23 +318,23 @@ def detect_faces(
 
 # %% ../nbs/09_detect.ipynb #a0bb4bb5
 def _square(box, height, width, margin):
-    "The square around a box, moved and if need be shrunk so that it lies inside the image -> x0, y0, side"
+    "The square around a box, moved and if necessary shrunk to lie inside the image -> x0, y0, side."
     side = min(max(1, round(max(box.width, box.height) * (1 + 2 * margin))), height, width)
     x0 = round((box.x0 + box.x1 - side) / 2)
     y0 = round((box.y0 + box.y1 - side) / 2)
     return min(max(x0, 0), width - side), min(max(y0, 0), height - side), side
 
 def _cut(image, box, size, margin):
-    "The gray square around a box, uint8 [size, size]"
+    "The gray square around a box, uint8 [size, size]."
     cv2 = import_cv2()
     x0, y0, side = _square(box, image.shape[0], image.shape[1], margin)
     return resize_face(cv2.cvtColor(image[y0:y0 + side, x0:x0 + side], cv2.COLOR_RGB2GRAY), size)
 
 def _cut_turned(image, box, size, margin, angle):
-    "The same square, turned by `angle` (radians, from the x axis towards the y axis of the image) about its centre"
+    "The same square, turned by `angle` (radians, from the x axis towards the y axis of the image) about its centre."
     cv2 = import_cv2()
     x0, y0, side = _square(box, image.shape[0], image.shape[1], margin)
-    x, y, reach = x0 + side / 2, y0 + side / 2, .75 * side # beyond half the diagonal, so that it holds the square at any angle
+    x, y, reach = x0 + side / 2, y0 + side / 2, .75 * side # more than half the diagonal, so it contains the square at any angle
     left, top = max(0, int(x - reach)), max(0, int(y - reach))
     gray = cv2.cvtColor(image[top:math.ceil(y + reach), left:math.ceil(x + reach)], cv2.COLOR_RGB2GRAY)
     fine, (height, width) = size if side <= size else 2 * size, gray.shape # twice as fine as needed, or turning would blur
@@ -352,10 +352,10 @@ def crop_faces(
     image, # anything `read_image` takes
     boxes, # boxes inside the image, as `check_boxes` takes them
     size: int = 48, # side of the crops in pixels
-    margin: float = 0., # how much to add on each side, as a part of the box's longer side; negative cuts tighter
-    eyes=None, # [n, 2, 2], x, y of each person's right and left eye, as of `detect_faces`: turn the faces until these lie level; rows with NaN stay upright
+    margin: float = 0., # how much to add on each side, as a fraction of the box's longer side; negative crops tighter
+    eyes=None, # [n, 2, 2], x, y of each person's right and left eye, as from `detect_faces`: turn each face until these are level; rows with NaN are not turned
 ) -> np.ndarray: # grayscale faces, uint8 [n, size, size], in the order of the boxes
-    "Cut faces out as gray squares that stay inside the image; raises a `ValueError` for boxes that do not fit it, and for eyes of another shape"
+    "Crop faces as gray squares inside the image; raises a `ValueError` for boxes that do not fit it, and for eyes of the wrong shape."
     image = read_image(image)
     size = check_count('size', size)
     if not -.5 < margin < 10: raise ValueError(f'margin is a part of the box, between -0.5 and 10, got {margin!r}')
@@ -373,10 +373,10 @@ def crop_faces(
 def plot_boxes(
     image, # anything `read_image` takes
     boxes, # boxes inside the image
-    labels=None, # one text a box, written above it
+    labels=None, # one text per box, written above it
     ax=None, # matplotlib Axes to draw on; default: new ones
 ): # the Axes
-    "Draw boxes on an image"
+    "Draw boxes on an image."
     from matplotlib import pyplot as plt
     from matplotlib.patches import Rectangle
     image = read_image(image)
