@@ -462,7 +462,7 @@ def calibrate_model(
     table: FER2013,  # faces and labels
     *,
     usage: str = "PublicTest",  # the split to fit on; the network should not have been trained on any of its faces
-    method: str = "auto",  # none, temperature, vector, or auto: whichever is best on faces it was not fitted on
+    method: str = "auto",  # of `CALIBRATIONS`, or auto: the simplest that is best on faces it was not fitted on, but for chance
     **about,  # further entries of the card, such as name
 ) -> dict:
     """Write a copy of a model folder, calibrated for these faces and scored on the table's test splits, and return its card.

@@ -514,7 +514,7 @@ def create_app(
     workers: int | None = None, # threads that read and detect; default: the usable cores, at most 16
 ) -> FastAPI: # an ASGI application: `run_app(app)`, or any ASGI server, with one process
     """The web service. Raises `ValueError` and `FileNotFoundError` for models that are unknown or cannot be opened,
-    and `ValueError` for tokens that are too short."""
+    and `ValueError` for tokens that are too short or hold other characters than a header may."""
     from fer_nbdev import __version__
     tokens, cors, limits = tuple(tokens), tuple(cors), limits or Limits()
     if isinstance(cors, str) or any(not re.fullmatch(r'https?://[^/*]+', origin) for origin in cors):
