@@ -68,10 +68,10 @@ def _conv_forward(conv, x):
     return torch.nn.Conv2d.forward(conv, x)
 
 def quick_gradients(
-    model: torch.nn.Module,  # changed in place; its weights and its answers stay what they are
+    model: torch.nn.Module,  # changed in place; its weights and its outputs stay the same
     on: bool = True,  # False undoes it
 ):
-    "Speed up training under bf16 autocast on a CPU: 3x3 convolutions of 128 channels and more compute their weight gradient on small maps by matrix products."
+    "Speed up training under bf16 autocast on a CPU: 3x3 convolutions with 128 or more channels compute their weight gradient on small maps by matrix products."
     for m in model.modules():
         if type(m) is not torch.nn.Conv2d: continue
         m.__dict__.pop("forward", None)
@@ -125,7 +125,7 @@ class EMA(Callback):
 
 # %% ../nbs/04b_callbacks.ipynb #10505cf7
 class SAM(Callback):
-    "Step along the gradient at the worst weights within `rho` of where the network stands. Two passes for every batch."
+    "Sharpness-aware minimisation: step along the gradient at the worst weights within `rho` of the current ones. Two passes per batch."
     def __init__(self,
         rho: float = .05,  # length of the step to the worst weights, over all weights together
     ): self.rho = rho
@@ -142,7 +142,7 @@ class SAM(Callback):
 
     @contextmanager
     def _kept_statistics(self):
-        "Batch norm normalises by the batch as before, and updates its running statistics once only."
+        "Batch norm normalises by the batch as before, but updates its running statistics only once."
         norms = [(m, m.momentum) for m in self.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         for m, _ in norms: m.momentum = 0.
         try: yield
@@ -151,11 +151,11 @@ class SAM(Callback):
 
 # %% ../nbs/04b_callbacks.ipynb #196a952f
 class SeedEpochs(Callback):
-    "Seed all random numbers at the start of each epoch from the run's seed, the epoch and, where several processes train, the rank."
+    "Seed all random numbers at the start of each epoch from the run's seed, the epoch and, if several processes train, the rank."
     order = -20
 
     def __init__(self,
-        seed: int = 0,  # of the run
+        seed: int = 0,  # seed of the run
     ): self.seed = seed
 
     def before_epoch(self):
@@ -170,8 +170,8 @@ class History(Callback):
 
     def __init__(self,
         out,  # folder of the run
-        rows: Iterable = (),  # history of the epochs before, where a run resumes
-        verbose: bool = False,  # print every row; beside a progress bar in a terminal, which prints its own, only what is right of each class
+        rows: Iterable = (),  # history of the earlier epochs of a resumed run
+        verbose: bool = False,  # print every row; beside a progress bar in a terminal, which prints its own, only the recall of each class
     ): self.out, self.rows, self.verbose = Path(out), list(rows), verbose
 
     def before_epoch(self):
@@ -211,7 +211,7 @@ class Announce(Callback):
     order = 50  # before the progress bar
 
     def __init__(self,
-        out,  # folder of the run, in which recipe.yaml is
+        out,  # folder of the run, which holds recipe.yaml
     ): self.out = Path(out)
 
     def before_fit(self):
@@ -225,10 +225,10 @@ class Announce(Callback):
 
 # %% ../nbs/04b_callbacks.ipynb #7eb0b9d6
 def best_epoch(
-    rows: list,  # of `history.json`
+    rows: list,  # rows of `history.json`
     monitor: str = "accuracy",  # one of `MONITORS`
 ) -> int:
-    "The epoch with the best value of `monitor`, the first of them where several are equal; NaN is worse than any value."
+    "The epoch with the best value of `monitor`, the first of several equal ones; NaN is worse than any value."
     best = MONITORS[monitor]
     worst = -math.inf if best is max else math.inf
     values = [worst if math.isnan(r[monitor]) else r[monitor] for r in rows]
@@ -241,7 +241,7 @@ _CURVES = (dict(train_loss="training loss", valid_loss="validation loss"),
 def plot_history(
     run,  # folder of a run, or the rows of its history
     axs=None,  # two matplotlib Axes
-    monitor: str = "accuracy",  # what marks the best epoch
+    monitor: str = "accuracy",  # metric that marks the best epoch
 ):
     "Losses and validation scores over the epochs, the best epoch marked. Returns the two Axes."
     import matplotlib.pyplot as plt
@@ -264,9 +264,9 @@ class Curves(Callback):
 
     def __init__(self,
         out,  # folder of the run
-        monitor: str = "accuracy",  # what marks the best epoch
-        show: bool = True,  # on the screen too, where this is a notebook
-        every: float = 5.,  # seconds that pass at least before a picture
+        monitor: str = "accuracy",  # metric that marks the best epoch
+        show: bool = True,  # also display it, if this is a notebook
+        every: float = 5.,  # minimum seconds between two pictures
     ): self.out, self.monitor, self.show, self.every, self.display = Path(out), monitor, show, every, None
 
     def before_fit(self): self.drawn = time.time()
@@ -312,7 +312,7 @@ def save_weights(
     path,  # .safetensors file
     about: dict | None = None,  # kept as JSON in the file's header
 ):
-    "Write tensors to a safetensors file, whole or not at all. Raises `OSError` where it cannot be written, as on a full disk."
+    "Write tensors to a safetensors file, whole or not at all. Raises `OSError` if it cannot be written, for example on a full disk."
     flat = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with write_whole(path) as tmp:
         try: save_file(flat, tmp, metadata={"about": json.dumps(about or {})})
@@ -321,7 +321,7 @@ def save_weights(
 def load_weights(
     path,  # .safetensors file
 ) -> tuple:
-    "(name -> tensor, the `about` of `save_weights`) of a safetensors file. Nothing in it is run: a pickle so named is a `ValueError`, as is other damage."
+    "(name -> tensor, the `about` of `save_weights`) of a safetensors file. Nothing in it is run: a pickle so named raises `ValueError`, as does other damage."
     path = Path(expand_home(path))
     if not path.is_file(): raise FileNotFoundError(f"there is no weights file {str(path)!r}")
     try:
@@ -331,18 +331,18 @@ def load_weights(
 
 # %% ../nbs/04b_callbacks.ipynb #afc7c0e3
 class Checkpoint(Callback):
-    "After every epoch write `last.safetensors`, and `best.safetensors` where the epoch is the best so far."
+    "After every epoch write `last.safetensors`, and `best.safetensors` if the epoch is the best so far."
     order = 60  # after History
 
     def __init__(self,
         out,  # folder of the run
         ema: EMA | None = None,  # its average is what `best.safetensors` holds
-        monitor: str = "accuracy",  # what makes an epoch the best
+        monitor: str = "accuracy",  # metric that decides which epoch is best
     ): self.out, self.ema, self.monitor = Path(out), ema, monitor
 
     def before_fit(self):
         if rank_distrib(): return
-        for left in self.out.glob(".*.tmp.safetensors"): left.unlink(missing_ok=True)  # by a run that was killed as it wrote
+        for left in self.out.glob(".*.tmp.safetensors"): left.unlink(missing_ok=True)  # left by a run that was killed while writing
 
     def after_epoch(self):
         if rank_distrib(): return
@@ -357,7 +357,7 @@ class Checkpoint(Callback):
 def load_checkpoint(
     path,  # `last.safetensors` of a run
 ) -> tuple:
-    "(epoch, history rows, state) of a checkpoint; the state is a dict with model, opt and ema. Raises `ValueError` for a file that is none."
+    "(epoch, history rows, state) of a checkpoint; the state is a dict with model, opt and ema. Raises `ValueError` for a file that is not a checkpoint."
     tensors, about = load_weights(path)
     try:
         epoch, rows, state = about["epoch"], about["rows"], _unpack(about["state"], tensors)
@@ -387,10 +387,10 @@ class EarlyStop(Callback):
 # %% ../nbs/04b_callbacks.ipynb #af5e93a1
 def plateau_lr(
     rows: list,  # history of the epochs so far
-    lr: float,  # where the run began
-    factor: float = .5,  # what a plateau multiplies it by
-    patience: int = 5,  # epochs without improvement before that
-    min_lr: float = 0.,  # where it stays
+    lr: float,  # initial learning rate
+    factor: float = .5,  # factor that it is multiplied by on a plateau
+    patience: int = 5,  # epochs without improvement before a plateau is declared
+    min_lr: float = 0.,  # lowest learning rate
     monitor: str = "accuracy",  # one of `MONITORS`
 ) -> float:
     "The learning rate that `torch.optim.lr_scheduler.ReduceLROnPlateau` has reached after these epochs."
@@ -403,7 +403,7 @@ def plateau_lr(
 class Plateau(Callback):
     "Set the learning rate before every epoch by `plateau_lr`."
     def __init__(self,
-        lr: float,  # where the run begins
+        lr: float,  # initial learning rate
         monitor: str = "accuracy",  # one of `MONITORS`
         **settings,  # factor, patience and min_lr of `plateau_lr`
     ): self.lr, self.monitor, self.settings = lr, monitor, settings
@@ -415,10 +415,10 @@ class Plateau(Callback):
 
 # %% ../nbs/04b_callbacks.ipynb #fed43f64
 class Freeze(Callback):
-    "For the first epochs only the parameters of the head get gradients."
+    "Freeze the body for the first epochs: only the parameters of the head get gradients."
     def __init__(self,
         epochs: int,  # how many
-        body: list,  # parameters that wait
+        body: list,  # parameters to freeze
     ): self.epochs, self.body = epochs, body
 
     def before_epoch(self):
@@ -435,7 +435,7 @@ def _create_tensorboard(out):
     class TensorBoard(TensorBoardCallback):
         def before_fit(self):
             super().before_fit()
-            self.learn.train_iter = getattr(self.learn, "first_epoch", 0)*len(self.dls.train)  # a resumed run goes on where its curves ended
+            self.learn.train_iter = getattr(self.learn, "first_epoch", 0)*len(self.dls.train)  # a resumed run continues its curves where they ended
 
         def after_batch(self):
             if not self.training: return
@@ -446,7 +446,7 @@ def _create_tensorboard(out):
 def _create_wandb(out, about):
     import wandb
     from fastai.callback.wandb import WandbCallback
-    wandb.finish()  # a run before this one in the same process
+    wandb.finish()  # an earlier run in the same process
     wandb.init(project="fer_nbdev", dir=str(out), config=about)
     return WandbCallback(log_preds=False, log_model=False)
 
@@ -455,7 +455,7 @@ def create_tracker(
     out,  # folder of the run
     about: dict | None = None,  # what Weights & Biases shows beside the curves
 ) -> Callback:
-    "fastai's callback for an experiment tracker. Raises `ValueError` for an unknown one, `ImportError` with the line to type for a missing one."
+    "fastai's callback for an experiment tracker. Raises `ValueError` for an unknown one, an `ImportError` with the install command for a missing one."
     if name not in TRACKERS: raise ValueError(f"unknown tracker {name!r}: expected one of {', '.join(TRACKERS)}")
     require(name, "track")
     return _create_tensorboard(Path(out)) if name == "tensorboard" else _create_wandb(Path(out), about)

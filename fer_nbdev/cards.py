@@ -13,24 +13,24 @@ from .core import expand_home, read_checked, spare_path, write_whole
 
 # %% ../nbs/00a_cards.ipynb #1e599be9
 def write_model(
-    folder, # model folder to write, made if it is not there
-    graph: bytes, # the network, as it goes into model.onnx
-    card: dict, # what it is; needs at least format, name, classes and img_size to be read again
+    folder, # model folder to write, created if missing
+    graph: bytes, # the network, the contents of model.onnx
+    card: dict, # its description; needs at least format, name, classes and img_size to be read back
 ) -> dict: # the card, with the fingerprint of the graph
-    "Write a network and its card. Killed at any moment, this leaves the old model or the new one (see `spare_path`)."
+    "Write a network and its card. If killed at any moment, this leaves the old model or the new one (see `spare_path`)."
     folder, sha256 = Path(expand_home(folder)), hashlib.sha256(graph).hexdigest()
-    # what was counted of another network says nothing of this one
+    # figures counted on another network do not apply to this one
     card = {k: v for k, v in card.items() if k != 'accounting' or isinstance(v, dict) and v.get('sha256') == sha256}
     card |= {'files': {'model.onnx': dict(sha256=sha256, bytes=len(graph))}}
     with write_whole(spare := spare_path(folder/'model.onnx', sha256)) as tmp: Path(tmp).write_bytes(graph)
     with write_whole(folder/'card.json') as tmp: Path(tmp).write_text(json.dumps(card, indent=1), encoding='utf-8')
     os.replace(spare, folder/'model.onnx')
-    for left in folder.glob(f'.model.{"?" * 16}.onnx'): left.unlink() # of writers that were killed
+    for left in folder.glob(f'.model.{"?" * 16}.onnx'): left.unlink() # left by writers that were killed
     return card
 
 # %% ../nbs/00a_cards.ipynb #79ca48fc
 def _check_card(card, where):
-    "Raise a `ValueError` unless the card has what prediction needs"
+    "Raise a `ValueError` unless the card has what prediction needs."
     if not isinstance(card, dict): raise ValueError(f'{where} must hold a JSON object, got {type(card).__name__}')
     if card.get('format', 1) != 1: # before anything else, since another format may have other keys
         raise ValueError(f'{where} has the format {card["format"]!r}, and this version reads format 1: update fer_nbdev')
@@ -48,9 +48,9 @@ def read_card(
     folder, # a model folder: model.onnx and card.json
     check_files: bool = True, # compare the files with the sha256 in the card
 ) -> dict: # the card: name, arch, classes, img_size, scores, files, ...
-    """Read the card of a model folder and check that the folder is whole.
+    """Read the card of a model folder and check that the folder is complete.
 
-    Raises `FileNotFoundError` where the folder, the card or a file that the card lists is missing,
+    Raises `FileNotFoundError` if the folder, the card or a file that the card lists is missing,
     and `ValueError` for a card that cannot be read or a file that is not the one described."""
     folder = Path(expand_home(folder))
     if not folder.is_dir(): raise FileNotFoundError(f'there is no model folder {str(folder)!r}')
@@ -66,20 +66,20 @@ def read_card(
     return card
 
 # %% ../nbs/00a_cards.ipynb #366e9409
-def weights_folder() -> Path: # its folders are the models
-    "The folder of the bundled models"
+def weights_folder() -> Path: # holds one folder per model
+    "The folder of the bundled models."
     import fer_nbdev
     return Path(fer_nbdev.__file__).parent/'weights'
 
-def bundled_models() -> dict[str, dict]: # name -> card, by name
-    "The models that ship inside the package, with their cards"
+def bundled_models() -> dict[str, dict]: # name -> card, sorted by name
+    "The models that ship inside the package, with their cards."
     folders = sorted(weights_folder().glob('*/card.json'))
     return {path.parent.name: read_card(path.parent, check_files=False) for path in folders}
 
 def find_model(
     model: str | os.PathLike, # the name of a bundled model or a model folder
-) -> Path: # absolute
-    "The folder of a model; a bundled name goes before a folder of that name. Raises `ValueError` for what is neither."
+) -> Path: # absolute path
+    "The folder of a model; a bundled name takes precedence over a folder of that name. Raises `ValueError` if it is neither."
     if isinstance(model, str):
         if (weights_folder()/model/'card.json').is_file() and Path(model).name == model: return weights_folder()/model
     elif not isinstance(model, os.PathLike): raise ValueError(f'a model is a name or a folder, got {type(model).__name__}')
@@ -93,7 +93,7 @@ def find_model(
 def read_model(
     model: str | os.PathLike, # the name of a bundled model or a model folder
 ) -> tuple[dict, bytes]: # card and graph
-    "Card and network of a model. Raises `ValueError` for an unknown model, and as `read_card` does for a folder that is not whole."
+    "Card and network of a model. Raises `ValueError` for an unknown model, and what `read_card` raises for an incomplete folder."
     folder = find_model(model)
     card = read_card(folder, check_files=False)
     return card, read_checked(folder/'model.onnx', card['files']['model.onnx']['sha256'])
@@ -106,7 +106,7 @@ _ROWS = (('accuracy', None, 'accuracy', '.2%'), ('accuracy over ten views', 'ten
          ('calibration error (ECE)', None, 'ece', '.3f'), ('calibration error before calibration', 'uncalibrated', 'ece', '.3f'))
 
 def _score_lines(card):
-    "A Markdown table of what a card says of its test splits; a row that it knows nothing of is left out"
+    "A Markdown table of a card's figures for its test splits; rows that it has no figures for are left out."
     scores, more = card.get('scores', {}), card.get('accounting', {}).get('splits', {})
     lines = ['| | ' + ' | '.join(scores) + ' |', '|---|' + '---:|'*len(scores)] if scores else []
     for text, part, key, form in _ROWS if scores else ():
@@ -115,12 +115,12 @@ def _score_lines(card):
     return lines
 
 def _known(card, *said):
-    "The texts of the entries that a card has"
+    "The texts for those entries that a card has."
     return ', '.join(text.format(card[key]) for key, text in said if card.get(key) is not None)
 
 # %% ../nbs/00a_cards.ipynb #e96e8e8e
 def _tell(card):
-    "The Markdown of `model_card`"
+    "The Markdown of `model_card`."
     account, size = card.get('accounting', {}), card['files']['model.onnx'].get('bytes')
     size = '' if size is None else f'{size/1e6:.1f} MB' if size >= 1e5 else f'{size:,} bytes'
     cost = [_known(card, ('arch', '`{}`'), ('n_params', '{:,} parameters')),
@@ -141,7 +141,7 @@ def _tell(card):
 def model_card(
     model: str | os.PathLike, # the name of a bundled model or a model folder
 ) -> str: # Markdown
-    "What the card of a model says, for people: scores, cost, origin, and the commands that make it again. Raises as `find_model` and `read_card` do."
+    "A model's card as text for people: scores, cost, origin, and the commands that reproduce it. Raises what `find_model` and `read_card` raise."
     folder = find_model(model)
     card = read_card(folder, check_files=False)
     try: return _tell(card)

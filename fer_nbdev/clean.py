@@ -35,7 +35,7 @@ from .train import cross_validate, fold_tables
 
 # %% ../nbs/07a_clean.ipynb #c3daff34
 def _warp(face, matrix):
-    "Move the pixels of a face by a 2x3 matrix; the border is repeated where nothing is known."
+    "Warp a face by a 2x3 matrix; beyond its edges, the border is repeated."
     cv2 = import_cv2()
     return cv2.warpAffine(face, np.float32(matrix), face.shape[::-1], borderMode=cv2.BORDER_REPLICATE)
 
@@ -63,11 +63,11 @@ def _everything(face, rng):
     return face
 
 COPY_KINDS = dict(shifted=_shifted, brightened=_brightened, mirrored=_mirrored, noisy=_noisy, compressed=_compressed,
-                  recropped=_recropped, everything=_everything)  # name -> a face and a random generator to a changed copy
+                  recropped=_recropped, everything=_everything)  # name -> function of a face and a random generator that returns a changed copy
 
 # %% ../nbs/07a_clean.ipynb #b0e3834c
 def _is_flat(faces, least=2.):
-    "bool [n]: pictures of (nearly) one gray, with a standard deviation of less than two of 256 steps."
+    "bool [n]: pictures of (nearly) uniform gray, with a standard deviation of less than two of 256 steps."
     return np.array([f.std() < least for f in faces], bool)
 
 def plant_copies(
@@ -76,10 +76,10 @@ def plant_copies(
     kinds: tuple = tuple(COPY_KINDS),  # names of `COPY_KINDS`, which take turns
     seed: int = 0,  # the same seed plants the same copies
 ) -> tuple:
-    """The table with changed copies of n of its faces at its end, and a DataFrame (row, source, kind) that says which they are.
+    """The table with changed copies of n of its faces appended, and a DataFrame (row, source, kind) that says which they are.
 
-    A copy has the label of its source and a random split. Pictures of one gray and faces that are there twice are left alone.
-    Raises `ValueError` for an unknown kind, or where fewer than n faces are left."""
+    A copy has the label of its source and a random split. Pictures of uniform gray and faces that occur twice are left alone.
+    Raises `ValueError` for an unknown kind, or if fewer than n faces are left."""
     unknown = [k for k in kinds if k not in COPY_KINDS]
     if unknown or not kinds: raise ValueError(f"unknown kinds {unknown}: expected among {', '.join(COPY_KINDS)}")
     rng, first = np.random.default_rng(seed), find_duplicates(table).first
@@ -97,11 +97,11 @@ def plant_copies(
 # %% ../nbs/07a_clean.ipynb #8b981f9d
 def face_descriptor(
     faces: np.ndarray,  # uint8 [n, 48, 48]
-    dx: int = 0,  # shift them to the right by so many pixels first
-    dy: int = 0,  # and down by so many
+    dx: int = 0,  # shift them to the right by this many pixels first
+    dy: int = 0,  # and down by this many
     mirror: bool = False,  # and then mirror them, left to right
 ) -> np.ndarray:
-    """float32 [n, 63]: the 8x8 lowest frequencies of each face (DCT-II) without the mean, scaled to length 1; zeros for a picture of one gray.
+    """float32 [n, 63]: the 8x8 lowest frequencies of each face (DCT-II) without the mean, scaled to length 1; zeros for uniform gray.
     The product of two descriptors is their correlation, from -1 to 1."""
     side = faces.shape[1]
     rows, cols = (np.clip(np.arange(side) - d, 0, side - 1) for d in (dy, dx))
@@ -117,7 +117,7 @@ def face_descriptor(
 _SHIFTS = {False: ((0, 0), (2, 0), (0, 2), (2, 2), (2, -2)), True: ((0, 0), (2, 0), (-2, 0), (0, 2), (2, 2), (-2, 2))}
 
 def _candidates(faces, neighbors):
-    "int64 [m, 3]: pairs i < j of faces that are nearest neighbours in some shift, and 1 where that is in the mirror."
+    "int64 [m, 3]: pairs i < j of faces that are nearest neighbours in some shift, and 1 if that is in the mirror."
     n, k, found = len(faces), min(neighbors + 1, len(faces)), []
     index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(face_descriptor(faces))
     for mirror, shifts in _SHIFTS.items():
@@ -129,10 +129,10 @@ def _candidates(faces, neighbors):
 
 # %% ../nbs/07a_clean.ipynb #82dda643
 class Match(NamedTuple):
-    "How one face lies on another."
-    similarity: float  # correlation of the details after alignment, at most 1; 0 where no alignment was found
+    "How one face aligns with another."
+    similarity: float  # correlation of the details after alignment, at most 1; 0 if no alignment was found
     mirrored: bool  # the first face had to be mirrored
-    warp: np.ndarray  # float32 [2, 3]: pixel (x, y) of the first face, mirrored where it had to be, to pixel of the second
+    warp: np.ndarray  # float32 [2, 3]: from pixel (x, y) of the first face, mirrored if need be, to the pixel of the second
 
 _MARGIN, _FLOOR = 4, .4  # border of the first face that may lie outside the second; correlation below which no map is fitted
 
@@ -150,7 +150,7 @@ def _align(a, b, mirrored):
     similarity = 0.
     if found >= _FLOOR:
         try: similarity, warp = cv2.findTransformECC(a, b, warp, cv2.MOTION_AFFINE, steps, None, 1)
-        except cv2.error: pass  # the iteration ran away: there is no map between these two
+        except cv2.error: pass  # the iteration diverged: there is no map between these two
     if not .5 < np.linalg.det(warp[:, :2]) < 2: similarity = 0.  # a map that shrinks a face to a spot fits anything
     return Match(float(similarity), bool(mirrored), warp - np.array([[0, 0, 1], [0, 0, 1]], np.float32)*(warp[:, :2].sum(1, keepdims=True)*_MARGIN))
 
@@ -158,7 +158,7 @@ def match_faces(
     a: np.ndarray,  # uint8 [48, 48]
     b: np.ndarray,  # uint8 [48, 48]
 ) -> Match:
-    "Lay face `a` on face `b`, as it is and in the mirror, and return the better `Match`."
+    "Align face `a` with face `b`, as it is and in the mirror, and return the better `Match`."
     for name, face in dict(a=a, b=b).items():
         if face.dtype != np.uint8 or face.ndim != 2 or min(face.shape) < 16:
             raise ValueError(f"{name} must be a uint8 face [h, w] of at least 16 x 16 pixels, got {face.dtype} {list(face.shape)}")
@@ -175,7 +175,7 @@ class NearDuplicates(Duplicates):
     warp: np.ndarray  # float32 [m, 2, 3], as `Match.warp`
 
 def _groups(n, pairs):
-    "int64 [n]: the first row of everything that pairs connect a row with."
+    "int64 [n]: for each row, the first of all rows that pairs connect it with."
     _, label = connected_components(coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n)), directed=False)
     first = np.full(label.max(initial=-1) + 1, n)
     np.minimum.at(first, label, np.arange(n))
@@ -183,13 +183,13 @@ def _groups(n, pairs):
 
 def find_near_duplicates(
     table: FER2013,  # the faces, labels and splits
-    min_similarity: float = .85,  # correlation of the details from which two rows are one picture
-    neighbors: int = 5,  # nearest neighbours of every face, shifted and mirrored, that are looked at closely
+    min_similarity: float = .85,  # correlation of the details from which two rows count as one picture
+    neighbors: int = 5,  # nearest neighbours of every face, shifted and mirrored, that are examined closely
     progress: bool = False,  # show a progress bar
 ) -> NearDuplicates:
-    """Find the rows that show the same picture, within and across the splits of a table; exact copies are part of the result.
+    """Find the rows that show the same picture, within and across the splits of a table; exact copies are included.
 
-    Pictures of one gray are copies of each other only where they are identical. Raises `ValueError` for a similarity outside 0..1
+    Pictures of uniform gray are copies of each other only if they are identical. Raises `ValueError` for a similarity outside 0..1
     or a number of neighbours below 1."""
     if not 0 < min_similarity < 1 or neighbors < 1:
         raise ValueError(f"min_similarity={min_similarity}, neighbors={neighbors}: expected a number between 0 and 1, and at least one neighbour")
@@ -213,8 +213,8 @@ def find_near_duplicates(
 # %% ../nbs/07a_clean.ipynb #2c33efeb
 def plot_pairs(
     table: FER2013,  # the table that was searched
-    near: NearDuplicates,  # of `find_near_duplicates`
-    n: int = 24,  # at most so many pairs
+    near: NearDuplicates,  # from `find_near_duplicates`
+    n: int = 24,  # at most this many pairs
     seed: int = 0,  # draws them at random; the same seed draws the same pairs
     cols: int = 6,  # pairs in a row
 ):
@@ -238,7 +238,7 @@ def plot_pairs(
 def edge_features(
     faces: np.ndarray,  # uint8 [n, 48, 48]
 ) -> np.ndarray:
-    "float32 [n, 900]: histograms of the edge directions in every 8x8 pixels of each face, scaled to length 1; zeros without any edge."
+    "float32 [n, 900]: histograms of the edge directions in every 8x8 pixels of each face, scaled to length 1; zeros if there is no edge."
     faces = check_faces(faces, 48)
     hog = import_cv2().HOGDescriptor((48, 48), (16, 16), (8, 8), (8, 8), 9)
     edges = np.stack([hog.compute(np.ascontiguousarray(f)).ravel() for f in faces])
@@ -247,7 +247,7 @@ def edge_features(
 def score_not_face(
     faces: np.ndarray,  # uint8 [n, 48, 48], most of which should be faces
 ) -> np.ndarray:
-    "float32 [n]: how unlike the average its edges run, 0 (as the average) to 1 (nothing in common, or a picture of one gray)."
+    "float32 [n]: how much the edges of a picture differ from the average, 0 (the same) to 1 (nothing in common, or uniform gray)."
     if len(faces) < 2: raise ValueError(f"expected at least two faces to average, got {len(faces)}")
     edges = edge_features(faces)
     mean = edges.mean(0)
@@ -258,7 +258,7 @@ def predict_run(
     run,  # folder of a run of `train`
     faces: np.ndarray,  # uint8 [n, 48, 48]
 ) -> np.ndarray:
-    "float32 [n, classes]: the probabilities that the network of a run, with its best weights, gives."
+    "float32 [n, classes]: the probabilities that the network of a run predicts with its best weights."
     return open_network(run).predict_faces(faces)
 
 def out_of_fold_probs(
@@ -266,13 +266,13 @@ def out_of_fold_probs(
     table: FER2013,  # all rows
     out,  # folder of the runs, as `cross_validate` fills it
     k: int = 5,  # folds
-    copies: Duplicates | None = None,  # of `find_near_duplicates` or `find_duplicates`: copies stay together
-    resume: bool = False,  # go on with runs that were killed, or take finished ones as they are
+    copies: Duplicates | None = None,  # from `find_near_duplicates` or `find_duplicates`: copies stay together
+    resume: bool = False,  # continue runs that were killed, and take finished ones as they are
     **kwargs,  # further arguments of `train`
 ) -> np.ndarray:
-    """float32 [n, classes]: for every row of the table probabilities by networks that have not seen it.
+    """float32 [n, classes]: for every row of the table, probabilities from networks that have not seen it.
 
-    The epoch of each network is chosen on the fold it answers for, as `cross_validate` does it. Raises `ValueError` for a recipe that
+    The epoch of each network is chosen on the fold it predicts, as in `cross_validate`. Raises `ValueError` for a recipe that
     selects rows or classes, for copies of another table, and as `cross_validate` does."""
     if recipe.per_class or recipe.classes and tuple(recipe.classes) != tuple(table.classes):
         raise ValueError(f"the recipe selects rows (classes={recipe.classes}, per_class={recipe.per_class}): select them first, with `prepare_table`")
@@ -300,13 +300,13 @@ def _doubted(labels, probs, options):
 
 def find_label_issues(
     table: FER2013,  # faces and labels
-    probs: np.ndarray,  # float [n, classes] of `out_of_fold_probs`
+    probs: np.ndarray,  # float [n, classes] from `out_of_fold_probs`
     **kwargs,  # further arguments of `cleanlab.filter.find_label_issues`, such as `filter_by`
 ) -> pd.DataFrame:
     """The rows whose label cleanlab doubts, worst first: row, label, suggested (the most probable class) and score.
 
-    The score is 1 less the probability of the given label: 1 where nothing speaks for it. Training rows are judged among themselves, so that
-    no label of a test row decides which of them are doubted. Raises `ValueError` where probabilities and table do not fit."""
+    The score is 1 minus the probability of the given label: 1 means no support for it. Training rows are judged among themselves, so that
+    no label of a test row decides which of them are doubted. Raises `ValueError` if probabilities and table do not match."""
     probs = check_probs(probs, table.emotion, table.classes)
     train = table.usage == "Training"
     rows = np.sort(np.concatenate([part[_doubted(table.emotion[part], probs[part], kwargs)] for part in (np.flatnonzero(train), np.flatnonzero(~train))]))
@@ -316,7 +316,7 @@ def find_label_issues(
     return pd.DataFrame(dict(row=rows, label=names[table.emotion[rows]], suggested=names[probs[rows].argmax(1)], score=score.astype(np.float32)))
 
 def _relabel(table, rows, labels):
-    "The table with other labels for some rows; where it has `soft`, they get one share of 1 for it."
+    "The table with other labels for some rows; if it has `soft`, these rows get a share of 1 for the new label."
     emotion, soft = table.emotion.copy(), None if table.soft is None else table.soft.copy()
     emotion[rows] = labels
     if soft is not None: soft[rows] = np.eye(len(table.classes), dtype=np.float32)[labels]
@@ -324,7 +324,7 @@ def _relabel(table, rows, labels):
 
 def plant_label_errors(
     table: FER2013,  # faces and labels
-    share: float = .05,  # of the Training rows
+    share: float = .05,  # share of the Training rows
     seed: int = 0,  # the same seed plants the same errors
 ) -> tuple:
     "The table with wrong labels, drawn from the other classes, on a share of its Training rows; and the numbers of those rows, int64 [m]."
@@ -338,11 +338,11 @@ NOT_A_FACE = "not a face"  # what FER+ calls NF
 _FERPLUS_NAMES = np.array([dict(anger="angry", happiness="happy", sadness="sad", NF=NOT_A_FACE).get(c, c) for c in FERPLUS_CLASSES])
 
 def ferplus_majority(
-    ferplus: FERPlus,  # of `read_ferplus`
+    ferplus: FERPlus,  # from `read_ferplus`
 ) -> tuple:
-    """What more than half of the voters said of each row, str [n], and its votes, int64 [n].
+    """What more than half of the voters chose for each row, str [n], and the most votes for one choice, int64 [n].
 
-    That is an emotion, contempt, unknown, not a face; it is empty where no half agrees."""
+    The choice is an emotion, contempt, unknown or not a face; it is empty if there is no majority."""
     votes = ferplus.votes.astype(np.int64)
     most, total = votes.max(1), votes.sum(1)
     return np.where(2*most > total, _FERPLUS_NAMES[votes.argmax(1)], ""), most
@@ -359,7 +359,7 @@ def pixel_ids(
     return ["p" + hashlib.blake2b(np.ascontiguousarray(f).tobytes(), digest_size=6).hexdigest() for f in faces]
 
 def _of_kind(kind, rows, score, suggested="", related=-1, action="keep"):
-    "Findings of one kind as a DataFrame; what is given once holds for all rows."
+    "Findings of one kind as a DataFrame; a single value holds for all rows."
     columns = dict(row=rows, kind=kind, suggested=suggested, score=score, related=related, action=action)
     return pd.DataFrame({k: np.broadcast_to(v, len(rows)) for k, v in columns.items()})
 
@@ -371,7 +371,7 @@ def _kept_row(table, rows, said):
     return rows[support.argmax()]
 
 def _copy_findings(table, copies, said):
-    "Findings for all rows of all groups but the one that is kept of each."
+    "Findings for all rows of each group of copies but the one that is kept."
     found, exact = [], find_duplicates(table).first
     similarity = dict(zip(map(tuple, copies.pairs.tolist()), copies.similarity)) if hasattr(copies, "pairs") else {}  # by two rows, the smaller one first
     def alike(a, b): return 1. if exact[a] == exact[b] else similarity.get(tuple(sorted((exact[a], exact[b]))), 0.)
@@ -404,18 +404,18 @@ def _label_findings(issues, said, unsettled):
 
 def collect_findings(
     table: FER2013,  # the faces, labels and splits
-    copies: Duplicates | None = None,  # of `find_near_duplicates` or `find_duplicates`
-    not_face: np.ndarray | None = None,  # float [n] of `score_not_face`
-    issues: pd.DataFrame | None = None,  # of `find_label_issues`
+    copies: Duplicates | None = None,  # from `find_near_duplicates` or `find_duplicates`
+    not_face: np.ndarray | None = None,  # float [n] from `score_not_face`
+    issues: pd.DataFrame | None = None,  # from `find_label_issues`
     ferplus: FERPlus | None = None,  # votes, row for row
     threshold: float = .3,  # score from which a picture is listed as not a face
-    drop_doubted: bool | None = None,  # propose to drop doubted labels that no majority settles; None: only where there are votes
+    drop_doubted: bool | None = None,  # propose to drop doubted labels that no majority settles; None: only if there are votes
 ) -> pd.DataFrame:
-    """All findings, one a line, by kind and then by score, highest first. Give what you have searched for.
+    """All findings, one per line, by kind and then by score, highest first. Pass the results of the searches that were made.
 
     Columns: row, usage, kind (one of `FINDING_KINDS`), label, suggested (another label), score (0..1, similarity or doubt), related (the row
     it is a copy of), ferplus and votes (the majority), action (one of `ACTIONS`), new_label (what `relabel` writes), pixels (`pixel_ids`).
-    Raises `ValueError` where something has another number of rows than the table."""
+    Raises `ValueError` if an argument does not have as many rows as the table."""
     for name, n in dict(copies=copies and len(copies.first), not_face=None if not_face is None else len(not_face), ferplus=ferplus and len(ferplus)).items():
         if n not in (None, len(table)): raise ValueError(f"{name} has {n:,} rows, the table {len(table):,}: search the table itself, before rows are selected")
     said, votes = ferplus_majority(ferplus) if ferplus else (np.full(len(table), ""), np.zeros(len(table), int))
@@ -436,7 +436,7 @@ def collect_findings(
 
 # %% ../nbs/07a_clean.ipynb #0c5812b5
 def write_findings(
-    findings: pd.DataFrame,  # of `collect_findings`
+    findings: pd.DataFrame,  # from `collect_findings`
     path,  # csv file to write
 ):
     "Write findings as csv, whole or not at all."
@@ -447,7 +447,7 @@ def write_findings(
 def read_findings(
     path,  # csv file that `write_findings` wrote, and a person may have edited
 ) -> pd.DataFrame:
-    """Findings of a csv; the index is the number of the line, less two. Raises `FileNotFoundError`, or `ValueError` that names the line:
+    """Findings of a csv; the index is the line number minus two. Raises `FileNotFoundError`, or `ValueError` that names the line:
     a missing column, no number where one belongs, an unknown kind or action, `relabel` without a class in `new_label`."""
     path = Path(expand_home(path))
     if not path.is_file(): raise FileNotFoundError(f"no findings at {path}: expected a csv that write_findings wrote")
@@ -459,7 +459,7 @@ def read_findings(
     if missing: raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(found)}. Save it with commas, as it was")
     found = found[(found != "").any(axis=1)]  # lines that were left empty; the others keep their numbers
     found = found.assign(action=found.action.str.strip().str.lower(), new_label=found.new_label.str.strip(), related=found.related.replace("", "-1"))
-    problems = {  # what is wrong -> the lines with that
+    problems = {  # problem -> the lines that have it
         # by itself "\r" would not be quoted when it is written again
         "a line break inside a cell": found.apply(lambda column: column.str.contains("[\r\n]")).any(axis=1),
         **{f"{c} must be a whole number, not {{{c}!r}}": ~found[c].str.fullmatch(r"-?[0-9]{1,18}") for c in ("row", "related", "votes")},
@@ -473,14 +473,14 @@ def read_findings(
 
 # %% ../nbs/07a_clean.ipynb #90b5e394
 def _refuse(bad, found, path, why):
-    "Raise `ValueError` about the first finding that is bad, with its line where it came from a file."
+    "Raise `ValueError` about the first finding that is bad, with its line if it came from a file."
     if not np.any(bad): return
     at = int(np.argmax(bad))
     where = "" if path is None else f"{path}, line {found.index[at] + 2}: "
     raise ValueError(where + why.format(f=found.iloc[at], n=int(np.sum(bad)), total=len(found)))
 
 def _check_findings(found, table, path=None):
-    "Raise `ValueError` where findings are not about this table, or ask for what is not possible."
+    "Raise `ValueError` if findings are not about this table, or ask for something impossible."
     about = "these findings are about other data"
     _refuse((found.row < 0) | (found.row >= len(table)), found, path, f"row {{f.row}} is not in the table, which has {len(table):,} rows: {about}")
     rows, names = found.row.to_numpy(int), np.array(table.classes, object)
@@ -498,9 +498,9 @@ def apply_findings(
     table: FER2013,  # the table that was searched
     findings,  # path of the csv, or a DataFrame
 ) -> FER2013:
-    """The table without the rows to drop and with the new labels; dropping a row goes before relabelling it.
+    """The table without the rows to drop and with the new labels; dropping a row takes precedence over relabelling it.
 
-    Where the table has `soft`, a relabelled row gets one share of 1 for its new label. Raises `ValueError` where the findings are about other
+    If the table has `soft`, a relabelled row gets a share of 1 for its new label. Raises `ValueError` if the findings are about other
     data (pixels, splits or labels differ), touch a test row, name an unknown class, or give a row two labels; and as `read_findings` does."""
     found, path = (findings, None) if isinstance(findings, pd.DataFrame) else (read_findings(findings), findings)
     _check_findings(found, table, path)
@@ -521,18 +521,18 @@ def _opinions(table, finding, probs=None):
     return said
 
 def _picture(table, finding):
-    "The face of a finding, uint8 [48, 48]; beside it, where there is one, the face it is a copy of: [48, 98]."
+    "The face of a finding, uint8 [48, 48]; beside it, if there is one, the face it is a copy of: [48, 98]."
     face = table.pixels[finding.row]
     if finding.related < 0: return face
     return np.hstack([face, np.full((len(face), 2), 255, np.uint8), table.pixels[finding.related]])
 
 def plot_findings(
     table: FER2013,  # the table that was searched
-    findings: pd.DataFrame,  # of `collect_findings`, or some of its lines
-    n: int = 24,  # at most so many, the first ones
-    cols: int = 8,  # in a row
+    findings: pd.DataFrame,  # from `collect_findings`, or some of its rows
+    n: int = 24,  # at most this many, the first ones
+    cols: int = 8,  # faces in a row
 ):
-    "The faces of findings with what is said about them and what is proposed. Returns the Axes as an array."
+    "The faces of findings with the opinions about them and the proposed action. Returns the Axes as an array."
     if not len(findings): raise ValueError("there are no findings to plot")
     shown = list(findings[:n].itertuples())
     import matplotlib.pyplot as plt
@@ -560,16 +560,16 @@ def _said_html(table, finding, probs):
     return "<br>".join(f"{escape(who)}: <b>{escape(str(what))}</b>" for who, what in _opinions(table, finding, probs))
 
 class FindingsReviewer:
-    """A page of widgets to decide about the findings of a csv: one card a finding, with a picture, the opinions and a menu.
+    """A page of widgets to decide about the findings of a csv: one card per finding, with a picture, the opinions and a menu.
 
-    Show it as the last line of a cell. Left out are test rows, which are kept, and findings about rows that an earlier finding drops.
+    Show it as the last line of a cell. Test rows, which are kept, and findings about rows that an earlier finding drops are left out.
     Raises `ValueError` for findings about other data."""
     def __init__(self,
         table: FER2013,  # the table that was searched
-        path,  # csv of `write_findings`; decisions are written into it
-        probs: np.ndarray | None = None,  # float [n, classes] of `out_of_fold_probs`, shown beside the label
-        kinds: tuple = FINDING_KINDS,  # which findings
-        labels: tuple | None = None,  # only rows that are labelled so; None: all
+        path,  # csv from `write_findings`; decisions are written into it
+        probs: np.ndarray | None = None,  # float [n, classes] from `out_of_fold_probs`, shown beside the label
+        kinds: tuple = FINDING_KINDS,  # kinds of findings to show
+        labels: tuple | None = None,  # only rows with these labels; None: all
         batch: int = 12,  # cards on a page
     ):
         if batch < 1 or not set(kinds) <= set(FINDING_KINDS):
@@ -588,7 +588,7 @@ class FindingsReviewer:
         self.widget = w.VBox([self.grid, w.HBox([self.back_button, self.next_button, self.status])])
         self.show()
 
-    def _repr_mimebundle_(self, **kwargs):  # where there are no widgets, on a web page, say, a picture of the page
+    def _repr_mimebundle_(self, **kwargs):  # where there are no widgets, for example on a web page, a picture of the page
         return {**self.widget._repr_mimebundle_(**kwargs), "text/html": self.to_html()}
 
 # %% ../nbs/07a_clean.ipynb #5549e8cf
@@ -597,7 +597,7 @@ def _shown(self: FindingsReviewer): return [self.findings.loc[line] for line in 
 
 @patch
 def show(self: FindingsReviewer):
-    "Put the cards of the current page on the screen."
+    "Show the cards of the current page."
     w, cards = require("ipywidgets", "train"), []
     for finding in self._shown():
         options = ["keep", "drop", *(c for c in self.table.classes if c != finding.label)]
@@ -610,7 +610,7 @@ def show(self: FindingsReviewer):
 # %% ../nbs/07a_clean.ipynb #b5e01fbb
 @patch
 def values(self: FindingsReviewer) -> list:
-    "What the menus of the page say: keep, drop or a class, one a card."
+    "What the menus of the page say: keep, drop or a class, one per card."
     return [card.children[-1].value for card in self.grid.children]
 
 @patch
@@ -635,7 +635,7 @@ def _back(self: FindingsReviewer, button=None):
 
 @patch
 def to_html(self: FindingsReviewer) -> str:
-    "The page as plain HTML with the pictures inside, to look at: its menus decide nothing."
+    "The page as plain HTML with the pictures inside, to look at: its menus have no effect."
     cards = []
     for finding, value in zip(self._shown(), self.values()):
         picture = base64.b64encode(_png(_picture(self.table, finding))).decode()

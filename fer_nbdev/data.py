@@ -43,14 +43,14 @@ class FER2013:
     usage: np.ndarray  # str [n], one of `USAGES`
     classes: tuple = EMOTIONS  # class names, in the order of the labels
     source: str = ""  # where the rows came from
-    soft: np.ndarray | None = None  # float32 [n, k], each row shares of the k classes, as votes see them; None: there is only the label
+    soft: np.ndarray | None = None  # float32 [n, k], each row the shares of the k classes, from votes for example; None: labels only
     soft_from: str = ""  # what the shares are, for the records of a run
 
     def __post_init__(self):
         n = len(self.pixels)
         if not n == len(self.emotion) == len(self.usage):
             raise ValueError(f"pixels, emotion and usage must have one length, not {n}, {len(self.emotion)} and {len(self.usage)}")
-        if np.asarray(self.usage).dtype.kind == "U":  # room for every split, or numpy would cut a longer name put in place of "Training"
+        if np.asarray(self.usage).dtype.kind == "U":  # room for every split, or numpy would truncate a longer name that replaces "Training"
             object.__setattr__(self, "usage", np.asarray(self.usage).astype(np.result_type(self.usage, "<U11")))
         known = np.isin(self.usage, USAGES)
         if not known.all(): raise ValueError(f"unknown split {str(np.asarray(self.usage)[~known][0])!r}: expected {', '.join(USAGES)}")
@@ -110,10 +110,10 @@ def draw_per_class(
     counts: dict,  # rows of each class to keep, by split: `{"Training": 1000, "PublicTest+PrivateTest": 250}`
     seed: int = 0,  # the same seed draws the same rows
 ) -> FER2013:
-    """Exactly so many random rows of every class, in the order of the table.
+    """Draw an exact number of random rows of every class, in the order of the table.
 
     Splits joined by + are drawn from as one; rows of splits that are not named are dropped. Raises `ValueError`
-    for an unknown split, one named twice, a count below 1, or a class with fewer rows than wanted."""
+    for an unknown split, one named twice, a count below 1, or a class with fewer rows than requested."""
     splits = [u for names in counts for u in split_names(names)]
     if not splits or len(set(splits)) < len(splits): raise ValueError(f"counts={counts}: expected at least one split, and each only once")
     rng, drawn = np.random.default_rng(seed), []
@@ -181,7 +181,7 @@ def synthetic_faces(
 def class_counts(
     table: FER2013,  # the faces, labels and splits
 ) -> dict:
-    "Rows of each class in each split: `{usage: {class: n}}`, splits that are empty left out."
+    "Rows of each class in each split: `{usage: {class: n}}`, without empty splits."
     return {u: {c: int(((table.usage == u) & (table.emotion == i)).sum()) for i, c in enumerate(table.classes)}
             for u in USAGES if (table.usage == u).any()}
 
@@ -189,7 +189,7 @@ def plot_class_counts(
     table: FER2013,  # the faces, labels and splits
     ax=None,  # matplotlib Axes to draw into
 ):
-    "Bars of `class_counts`, one colour a split. Returns the Axes."
+    "Bar chart of `class_counts`, one colour per split. Returns the Axes."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(7, 2.6))
     counts = class_counts(table)
@@ -223,7 +223,7 @@ _SIDE = 48
 _N_PIXELS = _SIDE * _SIDE
 
 def _parse_pixels(text):
-    "All numbers of `text` (bytes), or None where something in it is not a number."
+    "All numbers of `text` (bytes), or None if something in it is not a number."
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
         try: return None if b"+" in text or b"-" in text else np.fromstring(text.decode("latin-1"), dtype=np.int64, sep=" ")  # 64 bits, since 32 wrap round
@@ -238,7 +238,7 @@ def _parse_block(fields, lines, name):
     return np.stack(rows)
 
 def _is_small(word, most):
-    "Whether `word` (bytes) is a whole number from 0 to `most`; Python refuses to read numbers of thousands of digits."
+    "Whether `word` (bytes) is a whole number from 0 to `most`; Python refuses to parse numbers with thousands of digits."
     return word.isdigit() and len(word) < 20 and int(word) <= most
 
 def _parse_row(field, line, name):
@@ -289,7 +289,7 @@ def _split_line(line, number, where, n_columns, name):
 _DAMAGED = (EOFError, RuntimeError, OSError, MemoryError, UnicodeDecodeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error)  # what unpacking raises
 
 def _read_lines(f, number, path, block_bytes):
-    "Lines of a csv, about a block of them, [(number, line)] without empty ones; [] at its end. Endless lines, or nothing but empty ones, are refused."
+    "About one block of a csv's lines as [(number, line)], without empty ones; [] at its end. Endless lines, or nothing but empty ones, are refused."
     lines, size = [], 0
     while size < block_bytes and (line := f.readline(_LONGEST)):
         lines.append(line); size += len(line)
@@ -331,16 +331,16 @@ def _cache_key(path, arrays):
     return np.frombuffer(hashlib.sha256(f"2 {s.st_size} {s.st_mtime_ns} {zlib.crc32(arrays)}".encode()).digest(), np.uint8)
 
 def _load_cache(path):
-    "The three arrays of `_read_csv` from the cache beside `path`, or None where it is missing, stale or damaged."
+    "The three arrays of `_read_csv` from the cache beside `path`, or None if it is missing, stale or damaged."
     try: data = np.fromfile(_cache_path(path), np.uint8)
     except OSError: return None
-    n, header = divmod(len(data) - 32, _N_PIXELS + 2)  # before the rows stands numpy's own header
+    n, header = divmod(len(data) - 32, _N_PIXELS + 2)  # numpy's own header precedes the rows
     if n < 1 or not np.array_equal(data[-32:], _cache_key(path, flat := data[header:-32])): return None
     pixels, emotion, usage = np.split(flat, [n*_N_PIXELS, n*(_N_PIXELS+1)])
     return pixels.reshape(n, _SIDE, _SIDE), emotion, usage
 
 def _save_cache(path, arrays):
-    "Write the cache beside `path`; where that folder cannot be written, warn and go on without."
+    "Write the cache beside `path`; if that folder cannot be written, warn and go on without it."
     flat = np.concatenate([a.ravel() for a in arrays])
     try:
         with write_whole(_cache_path(path)) as tmp, open(tmp, "wb") as f: np.save(f, np.concatenate([flat, _cache_key(path, flat)]))
@@ -356,19 +356,19 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".p
 _OTHER_IMAGES = {".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".ppm", ".tga"}
 
 _ALL_IMAGES = IMAGE_SUFFIXES | _OTHER_IMAGES
-def _is_image(path): return path.suffix.lower() in _ALL_IMAGES and path.name[0] != "." and path.is_file()  # hidden: notes of a Mac, leftovers
+def _is_image(path): return path.suffix.lower() in _ALL_IMAGES and path.name[0] != "." and path.is_file()  # hidden: macOS metadata, leftovers
 def _holds_images(folder): return any(map(_is_image, folder.rglob("*")))
 def _folders_in(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in ".$" and p.name != "__MACOSX")
 
 def _check_known(folder, inside, known, what):
-    "Raise ValueError for a folder whose faces would be left out without a word; runs and models may lie there."
+    "Raise ValueError for a folder whose faces would be left out silently; runs and models may be there."
     if unknown := [p.name for p in inside
                    if p.name.lower() not in known and not any((p/f).exists() for f in ("run.json", "card.json", "search.json"))
                    and _holds_images(p)]:
         raise ValueError(f"{folder}: {unknown} are not {what}; expected among {', '.join(sorted(known))}")
 
 def _images_in(folder):
-    "The images in a class folder; ValueError for one of a kind that is not read, and for images in folders within."
+    "The images in a class folder. Raises ValueError for an image in a format that is not read, and for images in subfolders."
     images = sorted(filter(_is_image, folder.iterdir()))
     if other := [p.name for p in images if p.suffix.lower() in _OTHER_IMAGES]:
         raise ValueError(f"{folder}: {other[:3]} are not read; expected files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
@@ -392,7 +392,7 @@ def _class_folders(root):
     return [(_CLASS_OF[d.name.lower()], usage, d) for usage, d in found]
 
 def _read_face(path):
-    "One image file as uint8 [48, 48]: grayscale, resized where it has another size."
+    "One image file as uint8 [48, 48]: grayscale, resized if it has another size."
     cv2 = import_cv2()
     return resize_face(cv2.cvtColor(read_image(path), cv2.COLOR_RGB2GRAY), _SIDE)
 
@@ -407,14 +407,14 @@ def _read_folders(root):
 
 # %% ../nbs/01_data.ipynb #564d69d3
 def read_fer2013(
-    source,  # challenge csv, icml csv, either as .gz, .xz or .zip, or a folder of class folders
+    source,  # the challenge csv or the icml csv, plain or as .gz, .xz or .zip; or a folder of class folders
     classes: tuple | None = None,  # keep only these emotions, in this order; None keeps all that are there
-    cache: bool = True,  # keep the parsed csv beside it as `<name>.npy`
+    cache: bool = True,  # keep the parsed data beside the csv as `<name>.npy`
 ) -> FER2013:
-    """FER2013 from whatever layout it was downloaded in.
+    """Read FER2013 in whatever layout it was downloaded.
 
     Folder images of another size or in colour are converted to 48x48 grayscale. Rows keep their order.
-    Raises `FileNotFoundError` where there is nothing at `source`, and `ValueError`, naming file and line,
+    Raises `FileNotFoundError` if there is nothing at `source`, and `ValueError`, naming file and line,
     for a missing column, a wrong pixel count or value, an unknown label or split, or folders without classes or images."""
     path = Path(expand_home(source))
     if not path.exists():
@@ -449,8 +449,8 @@ def _whole_folder(out):
 
 def to_folders(
     table: FER2013,  # the faces, labels and splits
-    out,  # folder to create; it must not exist or be empty
-    merge_test: bool = False,  # put PublicTest and PrivateTest together into test/, as the Kaggle folders do
+    out,  # folder to create; if it exists, it must be empty
+    merge_test: bool = False,  # put PublicTest and PrivateTest together into test/, as in the Kaggle folders
     progress: bool = False,  # show a progress bar
 ) -> Path:
     "Write every face as `<train|val|test>/<class>/<Usage>_<row>.png`. Returns the folder."
@@ -473,7 +473,7 @@ def to_folders(
 @dataclass(frozen=True)
 class Duplicates:
     "Which rows of a table are pixel-identical to an earlier row."
-    first: np.ndarray  # int64 [n], the first row with the same pixels (its own number where there is none before)
+    first: np.ndarray  # int64 [n], the first row with the same pixels (its own number if there is none before)
     emotion: np.ndarray = field(repr=False)  # int64 [n], labels of the rows
     usage: np.ndarray = field(repr=False)  # str [n], splits of the rows
 

@@ -15,11 +15,11 @@ from torch import nn
 def class_weights(
     counts,  # number of training faces of each class, in label order
     method: str = "inverse",  # `inverse` frequency, or `effective` number of samples
-    beta: float = .999,  # of the effective number
+    beta: float = .999,  # parameter of the effective number
 ) -> torch.Tensor:
     """float32 [k] weights with mean 1. A class without faces gets weight 0, since it can't occur.
 
-    Raises `ValueError` for an unknown method, a beta outside 0..1, or where no class has any face."""
+    Raises `ValueError` for an unknown method, a beta outside 0..1, or if no class has any face."""
     n = torch.tensor(list(counts), dtype=torch.float64)
     if not len(n) or n.sum() <= 0 or (n < 0).any():
         raise ValueError(f"counts={n.tolist()}: expected the number of faces of each class, at least one of them positive")
@@ -38,7 +38,7 @@ def _cross_entropy(weight, label_smoothing, gamma):
 class FocalCrossEntropy(nn.CrossEntropyLoss):
     "Focal loss of logits float [n, k] against labels int64 [n] or shares float [n, k]; averaged as PyTorch's cross-entropy is."
     def __init__(self,
-        gamma: float = 2.,  # how fast an easy face fades; 0 is plain cross-entropy
+        gamma: float = 2.,  # how strongly easy faces are down-weighted; 0 is plain cross-entropy
         **kwargs,  # `weight`, `label_smoothing` and `reduction` of `CrossEntropyLoss`
     ):
         super().__init__(**kwargs)
@@ -58,7 +58,7 @@ class FocalCrossEntropy(nn.CrossEntropyLoss):
 class FocalLossFlat(CrossEntropyLossFlat):
     "fastai's wrapping (softmax, decoding, a `reduction` that can be set) around `FocalCrossEntropy`."
     def __init__(self,
-        gamma: float = 2.,  # how fast an easy face fades; 0 is plain cross-entropy
+        gamma: float = 2.,  # how strongly easy faces are down-weighted; 0 is plain cross-entropy
         **kwargs,  # `weight`, `label_smoothing` and `reduction`
     ): BaseLoss.__init__(self, FocalCrossEntropy, gamma=gamma, flatten=False, **kwargs)
 
@@ -69,16 +69,16 @@ def _focal(weight, label_smoothing, gamma):
 LOSSES = dict(cross_entropy=_cross_entropy, focal=_focal)  # kind -> function of weight, label_smoothing, gamma
 
 def create_loss(
-    weight: torch.Tensor | None = None,  # float [k] of `class_weights`; None counts every face the same
+    weight: torch.Tensor | None = None,  # float [k] from `class_weights`; None counts every face the same
     label_smoothing: float = 0.,  # share of the target spread over all classes
     device=None,  # where the weights live
     kind: str = "cross_entropy",  # a name of `LOSSES`
-    gamma: float = 2.,  # of the focal loss: how fast an easy face fades; other kinds ignore it
+    gamma: float = 2.,  # of the focal loss: how strongly easy faces are down-weighted; other kinds ignore it
 ) -> BaseLoss:
     """The loss of a training run: logits float [n, k] and labels int64 [n], or shares float [n, k], to one number.
 
-    Labels: the sum over the batch divided by the weights of the true classes; shares: divided by n.
-    Raises `ValueError` for an unknown kind, a smoothing outside 0..1 and a negative gamma."""
+    For labels, the sum over the batch is divided by the summed weights of the true classes; for shares, by n.
+    Raises `ValueError` for an unknown kind, a smoothing outside 0..1 or a negative gamma."""
     if kind not in LOSSES: raise ValueError(f"unknown loss {kind!r}: expected one of {', '.join(LOSSES)}")
     if not 0 <= label_smoothing < 1: raise ValueError(f"label_smoothing={label_smoothing!r}: expected a number from 0 to below 1")
     if not gamma >= 0: raise ValueError(f"gamma={gamma!r}: expected a number from 0")

@@ -47,11 +47,11 @@ def count_parameters(
 _LIBRARIES = {}
 
 class _Library:
-    "Where networks come from."
+    "A source of networks."
     def names(self): return list_models()
     def knows(self, name): return name in self.names()
-    def rename(self, state, body): return state  # tensors of a file under the names that the body gives them
-    def stats(self, name): return None  # means and standard deviations of the channels that pretrained bodies want
+    def rename(self, state, body): return state  # the tensors of a file under the body's own names
+    def stats(self, name): return None  # means and standard deviations of the channels that pretrained bodies expect
 
     def create(self, name, n_classes, n_in, img_size, hub, **kwargs):
         if hub: raise ValueError(f"no hub holds weights of {name}: pass pretrained=path/to/weights.safetensors")
@@ -65,7 +65,7 @@ class _Library:
 _LIBRARIES[""] = _Library()
 
 def _find_body(arch):
-    "The library of an arch and the name in it. Raises `ValueError` with the names that come close."
+    "The library of an arch and its name there. Raises a `ValueError` that lists similar names."
     place, slash, name = arch.partition("/")
     if not slash: place, name = "", arch
     if place not in _LIBRARIES:
@@ -83,15 +83,15 @@ def create_model(
     n_classes: int = 7,  # outputs
     n_in: int = 1,  # channels that the body takes, 1 or 3; the gray face is repeated inside the model
     img_size: int = 48,  # side that the body works at, in pixels: a multiple of 16 from 32 to 512; faces are resized inside the model
-    pretrained: bool | str | Path = False,  # False: random weights; True: those of the library's hub, by network; or the path of a weights file
+    pretrained: bool | str | Path = False,  # False: random weights; True: those of the library's hub, downloaded; or the path of a weights file
     **kwargs,  # further arguments of the network's constructor
 ) -> nn.Module:
     """A network by name: normalised gray faces float [n, 1, h, w] in (48x48 in practice), logits float [n, n_classes] out.
 
-    By which mean and standard deviation faces are to be normalised says `input_stats(arch, pretrained)`.
+    `input_stats(arch, pretrained)` gives the mean and standard deviation to normalise faces with.
 
-    Raises `ValueError` for a name, an argument, a size or a number of channels that is not known, and for a weights file that does not fit or cannot
-    be read without running code; `FileNotFoundError` for a missing one; `ConnectionError` where weights cannot be downloaded."""
+    Raises `ValueError` for an unsupported name, argument, size or number of channels, and for a weights file that does not fit or cannot
+    be read without running code; `FileNotFoundError` for a missing one; `ConnectionError` if weights cannot be downloaded."""
     library, name = _find_body(arch)
     if n_in not in (1, 3): raise ValueError(f"n_in={n_in!r}: expected 1 or 3 channels")
     if not isinstance(img_size, int) or img_size not in range(32, 513, 16): raise ValueError(f"img_size={img_size!r}: expected a multiple of 16 from 32 to 512")
@@ -116,7 +116,7 @@ def _dense(n_in, n_out, norm, dropout):
     return nn.Sequential(nn.Linear(n_in, n_out, bias=not norm), *[nn.BatchNorm1d(n_out)]*norm, nn.ReLU(inplace=True), nn.Dropout(dropout))
 
 def _glorot(layer):
-    "Draw a layer's weights as Keras does: uniform, with variance 2/(inputs + outputs), and biases of zero (Glorot and Bengio 2010)."
+    "Initialise a layer as Keras does: uniform weights with variance 2/(inputs + outputs), and zero biases (Glorot and Bengio 2010)."
     if not isinstance(layer, (nn.Conv2d, nn.Linear)): return
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None: nn.init.zeros_(layer.bias)
@@ -130,10 +130,10 @@ class ConvNet(nn.Module):
         blocks: tuple = ((32,), (64,), (128,), (256,)),  # widths of the convolutions of each block
         dropout: tuple = (0., 0., 0., 0.),  # after each block
         hidden: tuple = (512,),  # widths of the fully connected layers; without any, the last block is averaged
-        head_dropout: tuple = (.5,),  # after each of them, or before the classifier where there is none
+        head_dropout: tuple = (.5,),  # after each hidden layer, or before the classifier if there is none
         norm: bool = True,  # batch norm after every convolution and hidden layer
-        padding: int = 1,  # 0 lets every convolution cut a border of one pixel
-        init: str | None = None,  # "glorot" starts from weights as Keras draws them, None from PyTorch's
+        padding: int = 1,  # 0 lets every convolution cut off a border of one pixel
+        init: str | None = None,  # "glorot" initialises as Keras does, None as PyTorch does
     ):
         if init not in (None, "glorot"): raise ValueError(f"init={init!r}: expected glorot or null")
         super().__init__()
@@ -160,9 +160,9 @@ for _name, _proportions in _CONV_NETS.items(): register_model(_name)(partial(Con
 
 # %% ../nbs/03_models.ipynb #47fc616c
 class SEBlock(nn.Module):
-    "Squeeze-and-excitation: scale each channel by a factor in 0..1 computed from the averages of all of them."
+    "Squeeze-and-excitation: scale each channel by a factor in 0..1 computed from the averages of all channels."
     def __init__(self,
-        channels: int,  # of the input and the output
+        channels: int,  # channels of the input and the output
         reduction: int = 8,  # the hidden layer has `channels / reduction` units, at least 8
     ):
         super().__init__()
@@ -194,7 +194,7 @@ class SEResBlock(nn.Module):
 
 # %% ../nbs/03_models.ipynb #cd1f2ecf
 def _init_convs(model):
-    "Draw the weights of all convolutions for ReLU (He et al. 2015, arXiv:1502.01852)."
+    "Initialise all convolutions for ReLU (He et al. 2015, arXiv:1502.01852)."
     for m in model.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
@@ -205,7 +205,7 @@ class SEResNet(nn.Module):
         n_classes: int = 7,  # outputs
         n_in: int = 1,  # channels of the input
         stem: int = 32,  # channels of the convolutions at full resolution
-        stem_depth: int = 2,  # how many of them
+        stem_depth: int = 2,  # how many such convolutions
         widths: tuple = (48, 96, 192),  # channels of the stages
         blocks: tuple = (2, 2, 2),  # residual blocks in each stage; every stage but the first halves the resolution
         dropout: float = .2,  # before the classifier
@@ -250,11 +250,11 @@ class FastResNet(nn.Module):
 
 # %% ../nbs/03_models.ipynb #35c9d98a
 class FitInput(nn.Module):
-    "From a normalised gray face float [n, 1, h, w] to what a body wants: float [n, n_in, img_size, img_size], in the body's own normalisation."
+    "Turn normalised gray faces float [n, 1, h, w] into a body's input: float [n, n_in, img_size, img_size], in the body's own normalisation."
     def __init__(self,
         img_size: int = 48,  # side that the body works at, in pixels
         n_in: int = 1,  # channels that the body takes; 3 repeats the gray one
-        stats: tuple = (0., 1.),  # mean and standard deviation that the faces were normalised by
+        stats: tuple = (0., 1.),  # mean and standard deviation that the faces were normalised with
         body_stats: tuple | None = None,  # means and standard deviations of the body's channels; None leaves the values as they are
     ):
         super().__init__()
@@ -271,17 +271,17 @@ class FitInput(nn.Module):
 # %% ../nbs/03_models.ipynb #aebf32e8
 @contextmanager
 def _build_errors(arch, n_in, img_size):
-    "What a library says of arguments that it cannot use, as a `ValueError` that names the arch."
+    "Turn a library's errors about arguments that it cannot use into a `ValueError` that names the arch."
     try: yield
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{arch} does not work with n_in={n_in}, img_size={img_size} and these arguments: {str(e) or type(e).__name__}") from e
 
 def _tried(body, n_in, img_size):
-    "The body, after it has seen one empty face: some fail at a size only then."
+    "The body, after a forward pass of one blank face: some fail at a size only then."
     with torch.no_grad(): body.eval()(torch.zeros(1, n_in, img_size, img_size))
     return body.train()
 
-# arguments by which timm loads files that we have not looked at, older versions even pickles
+# arguments with which timm loads files that we have not checked, older versions even pickles
 _LOADERS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_cfgs"}
 
 class _Timm(_Library):
@@ -342,20 +342,20 @@ class _Torchvision(_Library):
 _LIBRARIES["torchvision"] = _Torchvision()
 
 def list_bodies(
-    pattern: str = "*",  # of the whole name, with * and ?
+    pattern: str = "*",  # pattern of the whole name, with * and ?
 ) -> list:
-    "Names of the networks of timm and torchvision that fit a pattern, as `create_model` takes them."
+    "Names of the networks of timm and torchvision that match a pattern, as `create_model` takes them."
     return [f"{place}/{name}" for place in ("timm", "torchvision") for name in _LIBRARIES[place].names() if fnmatch(f"{place}/{name}", pattern)]
 
 # %% ../nbs/03_models.ipynb #065ca8c4
 def _classifiers(body):
-    "The final layers of a body: those that timm's `get_classifier` names, else its last linear layer or convolution."
+    "The final layers of a body: those that timm's `get_classifier` names, else the last linear layer or convolution."
     if not hasattr(body, "get_classifier"): return [m for m in body.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1:]
     found = body.get_classifier()
     return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
 
 def _with_new_head(body):
-    "The body, its classifier drawn anew: ±1/√(number of inputs)."
+    "The body with its classifier initialised anew: within ±1/√(number of inputs)."
     for head in _classifiers(body):
         for m in head.modules():
             if hasattr(m, "reset_parameters"): m.reset_parameters()
@@ -378,17 +378,17 @@ def _read_weights(path):
 
 # %% ../nbs/03_models.ipynb #822b9e3b
 def _fitted(value, target):
-    "`value` if its shape is that of `target`, or is so once summed over RGB; else None."
+    "`value` if it has the shape of `target`, summed over RGB if need be; else None."
     if value.ndim == target.ndim == 4 and value.shape[1] == 3*target.shape[1]: value = require("timm.models", "train").adapt_input_conv(1, value)
     return value if value.shape == target.shape else None
 
 def _by_name(state, target, head):
-    "The tensors that fit by name, and what speaks against this way: names without a partner."
+    "The tensors that match by name, and what speaks against this match: names without a counterpart."
     fitted = {k: v for k, t in target.items() if k in state and (v := _fitted(state[k], t)) is not None}
     return fitted, [k for k in target if k not in fitted and k not in head] + [k for k in state if k not in target]
 
 def _by_order(state, target, head):
-    "The tensors that fit by order; None if a shape, or the last word of a name, disagrees."
+    "The tensors that match by order; None if a shape, or the last part of a name, disagrees."
     names = list(target) if len(state) == len(target) else [k for k in target if k not in head]
     if len(state) != len(names): return None
     fitted = {k: _fitted(v, target[k]) for k, v in zip(names, state.values())}
@@ -396,7 +396,7 @@ def _by_order(state, target, head):
     return {k: v for k, v in fitted.items() if v is not None}
 
 def _load_weights(body, state, complaint, rename):
-    "Load tensors into a body. Raises `ValueError`, which starts with `complaint`, if more than the classifier differs."
+    "Load tensors into a body. Raises a `ValueError` that starts with `complaint` if more than the classifier differs."
     whole, ids = body.state_dict(keep_vars=True), {id(v) for m in _classifiers(body) for v in m.state_dict(keep_vars=True).values()}
     head = {k for k, v in whole.items() if id(v) in ids}
     state, target, named = ({k: v for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (state, whole, rename(state, body)))
@@ -412,7 +412,7 @@ def _load_weights(body, state, complaint, rename):
 # %% ../nbs/03_models.ipynb #e1f4a10e
 @contextmanager
 def _hub_errors(arch, hub=True):
-    "A failed download as a `ConnectionError` that says what works offline."
+    "Turn a failed download into a `ConnectionError` that says what works offline."
     try: yield
     except OSError as e:
         if not hub: raise
@@ -420,7 +420,7 @@ def _hub_errors(arch, hub=True):
                               f"A local file works offline: pretrained=path/to/weights.safetensors ({type(e).__name__}: {e})") from e
 
 def _fetch(url, folder=None):
-    "Name -> tensor of the file at an address, whose name holds the start of its SHA-256; from torch's folder of downloads where it is there."
+    "Name -> tensor of the file at a URL, whose name holds the start of its SHA-256; from torch's download folder if it is there."
     try: return torch.hub.load_state_dict_from_url(url, folder, map_location="cpu", progress=False, check_hash=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as e: raise ValueError(f"the file at {url} is not what it should be: {str(e).split('. ')[0]}") from e
 
@@ -429,20 +429,20 @@ def input_stats(
     arch: str,  # a name that `create_model` takes
     pretrained: bool | str | Path = False,  # as given to `create_model`
 ) -> tuple:
-    """Mean and standard deviation by which gray faces in 0..1 are to be normalised for an arch.
+    """Mean and standard deviation for normalising gray faces in 0..1 as an arch expects them.
 
-    They are FER2013's for random weights and networks of ours, else those of the pretrained body, averaged over its channels."""
+    They are FER2013's for random weights and our own networks, else those of the pretrained body, averaged over its channels."""
     library, name = _find_body(arch)
     stats = library.stats(name) if pretrained else None
     if stats: return tuple(round(sum(s)/len(s), 6) for s in stats)
-    from fer_nbdev.loaders import FER2013_STATS  # here, because it brings fastai along, which networks do without
+    from fer_nbdev.loaders import FER2013_STATS  # here, because it imports fastai, which networks do without
     return FER2013_STATS
 
 # %% ../nbs/03_models.ipynb #2bf0a7ca
 def head_parameters(
-    model: nn.Module,  # of `create_model`
+    model: nn.Module,  # from `create_model`
 ) -> list:
-    "Parameters of the part that answers: the final classifier of a pretrained body, the `head` of a network of ours. All others are the body."
+    "Parameters of the head: the final classifier of a pretrained body, or the `head` of one of our networks. All others are the body."
     body = model.body if isinstance(model, nn.Sequential) and isinstance(model[0], FitInput) else model
     head = getattr(body, "head", None)
     parts = [head] if isinstance(head, nn.Module) and not hasattr(body, "get_classifier") else _classifiers(body)

@@ -42,7 +42,7 @@ class Task:
     # the network
     arch: str = "se_resnet"  # a name of `list_models()`, timm/NAME or torchvision/NAME
     arch_args: dict = field(default_factory=dict)  # arguments of the network
-    n_in: int = 1  # channels that the network sees: 1, or 3 for a body that knows colour only
+    n_in: int = 1  # channels that the network sees: 1, or 3 for a body that takes only colour
     img_size: int = 48  # side to which the network enlarges the faces
     pretrained: bool | str = False  # True takes the weights of a hub, a path those of a file
     freeze_epochs: int = 0  # epochs in which only the head of a pretrained network learns, before `epochs`
@@ -52,8 +52,8 @@ class Task:
     gamma: float = 2.  # of the focal loss
     class_weights: str | None = None  # None, inverse or effective
     label_smoothing: float = 0.
-    teachers: tuple | None = None  # bundled models or model folders that say what a training face shows, see `Distill`
-    soft_share: float = 1.  # of the target: what teachers, or votes for a face, say; the rest is the label
+    teachers: tuple | None = None  # bundled models or model folders whose predictions are learned, see `Distill`
+    soft_share: float = 1.  # share of the target that teachers or votes give; the rest is the label
 
 # %% ../nbs/04a_recipe.ipynb #7d1c2a91
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Recipe(Task):
     momentum: float = .9
     wd: float = 5e-4  # weight decay; norm layers and biases have none
     clip: float | None = None  # largest norm of the gradient
-    sam: float = 0.  # step to the worst weights near by, see `SAM`; 0 switches it off
+    sam: float = 0.  # distance to the worst weights nearby, see `SAM`; 0 switches it off
     schedule: str = "one_cycle"  # a name of `SCHEDULES`
     pct_start: float = .25  # share of the run in which the learning rate rises
     schedule_args: dict = field(default_factory=dict)  # factor, patience and min_lr of plateau; decay of inverse, per step
     # the run
     ema: float = .999  # decay of the averaged weights; 0 switches them off
-    precision: str = "auto"  # bf16, fp32, or auto: bf16 where the machine has instructions for it
+    precision: str = "auto"  # bf16, fp32, or auto: bf16 if the machine has instructions for it
     monitor: str = "accuracy"  # what picks the best epoch and stops early: one of `MONITORS`
-    patience: int | None = None  # stop after so many epochs without a better `monitor`
+    patience: int | None = None  # stop after this many epochs without a better `monitor`
     seed: int = 0
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ OPTIMIZERS = {o.__name__.lower(): o for o in (torch.optim.SGD, torch.optim.Adam,
 SCHEDULES = dict(one_cycle="rise, then fall to nearly nothing, both by a cosine", cosine="rise in a line, then fall to zero by a cosine",
                  plateau="fall by a factor whenever `monitor` stands still", inverse="lr / (1 + decay * step)", constant="stay")
 
-MONITORS = dict(accuracy=max, f1_score=max, precision_score=max, recall_score=max, valid_loss=min, train_loss=min)  # metrics, and which end is better
+MONITORS = dict(accuracy=max, f1_score=max, precision_score=max, recall_score=max, valid_loss=min, train_loss=min)  # metrics, and which extreme is better
 
 # %% ../nbs/04a_recipe.ipynb #cb1d634c
 _SCHEDULE_ARGS = dict(plateau=("factor", "patience", "min_lr"), inverse=("decay",))
@@ -105,14 +105,14 @@ def _kind(field): return (get_args(field.type) or (field.type,))[0]  # float for
 _KINDS: dict[type, tuple] = {str: ("a text", str), dict: ("a mapping", dict), tuple: ("a list", (list, tuple))}
 
 def _check_kind(field, value):
-    "Raise ValueError where a field holds another kind of value than it should."
+    "Raise ValueError if a field holds a value of the wrong kind."
     kinds = get_args(field.type) or (field.type,)
     if value is None and type(None) in kinds or kinds[0] not in _KINDS or field.name == "valid": return
     what, kind = _KINDS[kinds[0]]
     if not isinstance(value, kind): raise ValueError(f"{field.name}={str(value)[:80]!r}: expected {what}")
 
 def _check_number(name, value, kind):
-    "Raise ValueError where a number is of the wrong kind or sign."
+    "Raise ValueError if a number is of the wrong kind or sign."
     what = "a whole number" if kind is int else "a number"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or kind is int and value != int(value):
         raise ValueError(f"{name}={value!r}: expected {what}")
@@ -121,7 +121,7 @@ def _check_number(name, value, kind):
         raise ValueError(f"{name}={value!r}: expected {what} {least}{' and below one' if name in _BELOW_ONE else ''}")
 
 def _check_faces(recipe):
-    "Raise ValueError for statistics of pixels or weights that can't be."
+    "Raise ValueError for invalid `stats` or `pretrained`."
     stats = recipe.stats
     if stats is not None and not (len(stats) == 2 and all(isinstance(s, (int, float)) and isfinite(s) for s in stats) and stats[1] > 0):
         raise ValueError(f"stats={stats!r}: expected a mean and a standard deviation above zero")
@@ -129,7 +129,7 @@ def _check_faces(recipe):
         raise ValueError(f"pretrained={recipe.pretrained!r}: expected true, false or the path of a file with weights")
 
 def _check_keys(name, settings, known):
-    "Raise ValueError where a dict holds keys that nobody reads."
+    "Raise ValueError if a dict holds unknown keys."
     unknown = sorted(set(map(str, settings)) - set(known))
     meant = [m for u in unknown for m in get_close_matches(u, known, n=1)]
     if unknown:
@@ -138,9 +138,9 @@ def _check_keys(name, settings, known):
 
 # %% ../nbs/04a_recipe.ipynb #71b625e8
 def check_recipe(
-    recipe: Recipe,  # any
+    recipe: Recipe,  # the recipe to check
 ):
-    "Raise `ValueError` naming the field, its value and what is allowed."
+    "Raise `ValueError` for a wrong field, naming it, its value and what is allowed."
     for f in fields(recipe): _check_kind(f, getattr(recipe, f.name))
     for k, allowed in _ALLOWED.items():
         if getattr(recipe, k) not in list(allowed): raise ValueError(f"{k}={getattr(recipe, k)!r}: expected one of {', '.join(map(str, allowed))}")
@@ -170,7 +170,7 @@ def check_recipe(
 def create_augment(
     settings: dict | None,  # the `augment` of a recipe; None trains without
 ) -> Augment | None:
-    "An `Augment` of a recipe's dict; None for None. Raises `ValueError` for a setting that it does not have."
+    "An `Augment` from a recipe's dict; None for None. Raises `ValueError` for a setting that it does not have."
     if settings is None: return None
     _check_keys("augment", settings, [f.name for f in fields(Augment)])
     try: return Augment(**settings)
@@ -178,13 +178,13 @@ def create_augment(
 
 # %% ../nbs/04a_recipe.ipynb #3a6c473c
 def _number(value):
-    "The number that a text such as `5e-4` means, which yaml reads as a word; anything else as it is."
+    "The number that a text such as `5e-4` stands for, which yaml reads as a string; anything else unchanged."
     if not isinstance(value, str): return value
     try: return float(value)
     except ValueError: return value
 
 class _Loader(yaml.SafeLoader):
-    "Plain yaml, without references to what came before."
+    "Plain yaml, without references or duplicate keys."
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent): raise yaml.YAMLError("a recipe has no references (*name)")
         return super().compose_node(parent, index)
@@ -195,7 +195,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 def _read_yaml(text, where):
-    "What a yaml text holds: texts, numbers, lists and mappings, as JSON could hold them too."
+    "The contents of a yaml text: texts, numbers, lists and mappings, as JSON could also hold them."
     if len(text) > _MOST: raise ValueError(f"{where}: {len(text):,} characters, and a recipe has a few thousand; expected at most {_MOST:,}")
     try:
         value = yaml.load(text, _Loader)
@@ -207,7 +207,7 @@ def _read_yaml(text, where):
 _MOST = 100_000
 
 def _from_dict(settings, where):
-    "A Recipe of a plain dict; unknown keys are named together with the known ones."
+    "A Recipe from a plain dict; the error for unknown keys lists the known ones."
     kinds = {f.name: _kind(f) for f in fields(Recipe)}
     if not isinstance(settings, dict): raise ValueError(f"{where}: expected a yaml mapping with keys among {', '.join(kinds)}")
     try:
@@ -244,7 +244,7 @@ def read_recipe(
 def plain_recipe(
     recipe: Recipe,  # any
 ) -> dict:
-    "All fields of a recipe as JSON and yaml have them: tuples are lists."
+    "All fields of a recipe in types that JSON and yaml have: tuples become lists."
     return json.loads(json.dumps(asdict(recipe)))
 
 def write_recipe(
@@ -255,10 +255,10 @@ def write_recipe(
     with write_whole(path) as tmp: Path(tmp).write_text(yaml.safe_dump(plain_recipe(recipe), sort_keys=False), encoding="utf-8")
 
 def set_recipe(
-    recipe: Recipe,  # where to start from
+    recipe: Recipe,  # the recipe to start from
     settings: list,  # strings like `epochs=3` or `augment.rotate=20`
 ) -> Recipe:
-    "A copy of the recipe with some fields changed, as `fer train --set` does it."
+    "A copy of the recipe with some fields changed, as `fer train --set` does."
     plain = plain_recipe(recipe)
     for s in settings:
         key, eq, value = s.partition("=")

@@ -19,7 +19,7 @@ FERPLUS_CLASSES = ("neutral", "happiness", "surprise", "sadness", "anger", "disg
 
 @dataclass(frozen=True, eq=False)
 class FERPlus:
-    "Votes of FER+, row for row those of the challenge csv."
+    "The votes of FER+, in the row order of the challenge csv."
     votes: np.ndarray  # uint8 [n, 10], number of people who chose each of `FERPLUS_CLASSES`
     usage: np.ndarray  # str [n]
     dropped: np.ndarray  # bool [n], rows FER+ left out as not a face
@@ -29,7 +29,7 @@ class FERPlus:
     def emotion_votes(self,
         classes: tuple = EMOTIONS,  # names of emotions, in the order of the columns
     ) -> np.ndarray:
-        "uint8 [n, classes]: the votes for some emotions (contempt, unknown and not-a-face are none). Raises `ValueError` for another class."
+        "uint8 [n, classes]: the votes for some emotions (not contempt, unknown or not-a-face). Raises `ValueError` for another class."
         column = dict(zip(EMOTIONS, ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")))
         unknown = [c for c in classes if c not in column]
         if unknown: raise ValueError(f"FER+ has no votes for {unknown[0]!r}: expected classes among {', '.join(EMOTIONS)}")
@@ -58,17 +58,17 @@ def read_ferplus(
 # %% ../nbs/01a_votes.ipynb #95a15dbf
 def soft_labels(
     table: FER2013,  # all rows of the challenge csv, in their order
-    ferplus: FERPlus,  # of `read_ferplus`
+    ferplus: FERPlus,  # from `read_ferplus`
 ) -> FER2013:
     """The table with `soft`: each class's share of the votes for any class of the table. Labels stay as they are.
 
-    Where nobody voted for one of them (a row that is not a face), the label gets the whole share.
-    Raises `ValueError` where the rows of the two cannot be the same, or FER+ does not know a class."""
+    If nobody voted for any of them (a row that is not a face), the label gets the whole share.
+    Raises `ValueError` if the rows of the two cannot be the same, or FER+ does not know a class."""
     _check_rows(table, ferplus)
     return replace(table, soft=_shares(ferplus.emotion_votes(table.classes), table.emotion), soft_from="shares of the votes of FER+")
 
 def _check_rows(table, ferplus):
-    "Raise ValueError where the rows of a table and of FER+ cannot be the same."
+    "Raise ValueError if the rows of a table and of FER+ cannot be the same."
     if len(table) != len(ferplus): raise ValueError(f"the table has {len(table):,} rows, FER+ {len(ferplus):,}: join them before rows are selected")
     other = np.flatnonzero(table.usage != ferplus.usage)
     if len(other):
@@ -78,12 +78,12 @@ def _check_rows(table, ferplus):
 # %% ../nbs/01a_votes.ipynb #f8c311de
 def translate_votes(
     table: FER2013,  # all rows of the challenge csv, in their order
-    ferplus: FERPlus,  # of `read_ferplus`
+    ferplus: FERPlus,  # from `read_ferplus`
 ) -> FER2013:
     """The table with `soft`: how likely each label is for a face with such votes. Labels stay as they are.
 
     It is estimated by a multinomial logistic regression on the square roots of the ten shares, fitted on the Training rows.
-    Raises `ValueError` where the rows of the two cannot be the same, or where a class has no Training row."""
+    Raises `ValueError` if the rows of the two cannot be the same, or if a class has no Training row."""
     _check_rows(table, ferplus)
     training = table.usage == "Training"
     missing = [c for i, c in enumerate(table.classes) if not (table.emotion[training] == i).any()]
