@@ -78,8 +78,8 @@ def test_the_commands_of_a_card_train_its_recipes(name):
 
 
 def test_a_setting_inside_a_group_is_named_alone_and_quoted_where_a_shell_needs_it(bench):
-    base, other = (plain_recipe(read_recipe("fer2013").set(s)) for s in ([], ["augment.crop=.83", "classes=[happy, sad]", "name=accurate"]))
+    base, other = (plain_recipe(read_recipe("fer2013").set(s)) for s in ([], ["augment.crop=.83", "classes=[happy, sad]", "name=mine"]))
     assert sorted(bench.changed_settings(other, base)) == ["augment.crop=0.83", 'classes=["happy", "sad"]']
     words = shlex.split(bench.train_command({"recipe": other, "data": {}}, "run"))
-    assert plain_recipe(Recipe.read("fer2013").set([words[i + 1] for i, word in enumerate(words) if word == "--set"]).set(["name=accurate"])) == other
+    assert plain_recipe(Recipe.read("fer2013").set([words[i + 1] for i, word in enumerate(words) if word == "--set"]).set(["name=mine"])) == other
     assert "fer2013" in list_recipes() and words[words.index("--recipe") + 1] == "fer2013"
