@@ -116,11 +116,11 @@ def changed_settings(recipe, known):
 
 
 def train_command(card, run):
-    "The command that trains a network again, from the bundled recipe that differs least from its own."
+    "The command that trains a network again, from the bundled recipe for which it is the shortest."
     from fer_nbdev.recipe import Recipe, list_recipes, plain_recipe
     recipe, soft = card["recipe"], card["data"].get("soft") or ""
     changes = {name: [*changed_settings(recipe, plain_recipe(Recipe.read(name)))] for name in list_recipes()}
-    base = min(changes, key=lambda name: len(changes[name]))
+    base = min(changes, key=lambda name: len("".join(changes[name])))
     votes = " --votes fer2013new.csv" * bool(soft) + " --translate" * ("labels" in soft)
     settings = "".join(f" --set {shlex.quote(s)}" for s in changes[base])
     return f"fer train --data fer2013.csv{votes} --recipe {base}{settings} --out {run}"
