@@ -154,7 +154,8 @@ def test_boxes_between_detections_follow_the_face(predictor):
 def test_the_model_is_asked_where_faces_are_searched(predictor):
     asked, ask = [], predictor.predict
     predictor.predict = lambda image, boxes: asked.append(len(boxes)) or ask(image, boxes)
-    frames = list(predict_video([squares((40 + k, 60)) for k in range(31)], predictor, every=5))
+    brighter = [np.where(s > 0, s + np.uint8(3 * k), s) for k in range(31) for s in [squares((40 + k, 60))]]  # so that each face gets another answer
+    frames = list(predict_video(brighter, predictor, every=5))
     assert asked == [1] * 6 and [len(f.preds) for f in frames] == [0] + [1] * 30  # the frame after a new face is searched too, to confirm it
     assert frames[5].preds[0].probs == frames[1].preds[0].probs != frames[6].preds[0].probs
     assert frames[5].preds[0].box.x0 > frames[1].preds[0].box.x0
