@@ -107,12 +107,11 @@ def calibrate_graph(
         k, name = proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value, nodes[-1].input[0]
         if not k == len(calibration.scale) == len(calibration.bias):
             raise ValueError(f"the calibration is one of {len(calibration.scale)} classes, the graph knows {k}")
-        last, bent = nodes.pop(), dict(Abs=None, Pow="power", Neg=None) if calibration.power != 1 else {}
-        for op, by in dict(LogSoftmax=None, **bent, Mul="scale", Add="bias").items():
-            if by is not None: weights.append(numpy_helper.from_array(np.array(getattr(calibration, by), np.float32), f"calibration_{by}"))
-            inputs, label = [name] if by is None else [name, f"calibration_{by}"], f"calibration_{op.lower()}"
-            nodes.append(helper.make_node(op, inputs, [label], label))
-            name = nodes[-1].output[0]
+        last, bent = nodes.pop(), dict(Abs=(), Pow=("power",), Neg=()) if calibration.power != 1 else {}
+        for op, by in dict(LogSoftmax=(), **bent, Mul=("scale",), Add=("bias",)).items():
+            weights.extend(numpy_helper.from_array(np.array(getattr(calibration, v), np.float32), f"calibration_{v}") for v in by)
+            inputs, name = [name, *(f"calibration_{v}" for v in by)], f"calibration_{op.lower()}"
+            nodes.append(helper.make_node(op, inputs, [name], name))
         last.input[0] = name
         nodes.append(last)
     onnx.checker.check_model(proto)
