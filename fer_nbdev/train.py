@@ -33,7 +33,7 @@ from fastcore.foundation import L
 from sklearn.metrics import f1_score, precision_score, recall_score
 from sklearn.model_selection import StratifiedKFold
 
-from .callbacks import (BF16, EMA, Checkpoint, Curves, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs,
+from .callbacks import (BF16, EMA, Checkpoint, Curves, DamageFaces, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs,
                                  best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights)
 from .core import expand_home, write_whole
 from .data import FER2013, draw_per_class, select_classes
@@ -42,7 +42,7 @@ from .distributed import _from_all, distribute, from_rank0, start_ranks
 from .loaders import _valid_or_tenth, fer_dls
 from .losses import class_weights, create_loss
 from .models import count_parameters, create_model, head_parameters, input_stats
-from .recipe import OPTIMIZERS, Recipe, _from_dict, create_augment, plain_recipe, read_recipe
+from .recipe import OPTIMIZERS, Recipe, _from_dict, create_augment, create_damage, plain_recipe, read_recipe
 
 # %% ../nbs/05_train.ipynb #280ac5f8
 class FERLearner(Learner):
@@ -138,6 +138,7 @@ def _recipe_cbs(recipe, model, device):
     if recipe.clip: cbs.append(GradientClip(recipe.clip))
     if recipe.sam: cbs.append(SAM(recipe.sam))
     if recipe.teachers: cbs.append(Distill(open_teachers(recipe.teachers, device), recipe.soft_share))
+    if recipe.damage is not None: cbs.append(DamageFaces(create_damage(recipe.damage)))
     head = {id(p) for p in head_parameters(model)}
     if recipe.freeze_epochs: cbs.append(Freeze(recipe.freeze_epochs, [p for p in model.parameters() if id(p) not in head]))
     return cbs
