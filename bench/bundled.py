@@ -28,7 +28,7 @@ from _report import earlier, on_cores, report
 
 SPLITS = ("PublicTest", "PrivateTest")
 KEPT = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece")
-MADE = ("recipe", "seed", "data", "commit", "hardware", "train_minutes", "date", "best_epoch", "calibration", "versions")
+MADE = ("recipe", "seed", "data", "teachers", "started_from", "commit", "hardware", "train_minutes", "date", "best_epoch", "calibration", "versions")
 EXAMPLES = """examples:
   python bench/bundled.py --data fer2013.csv --ferplus fer2013new.csv --cards     the measurement, ten minutes
   python bench/bundled.py --cards-only                                            bundled.json into the cards, measure nothing
@@ -126,10 +126,19 @@ def train_command(card, run):
     return f"fer train --data fer2013.csv{votes} --recipe {base}{settings} --out {run}"
 
 
+def train_commands(card, run):
+    "The command that trains a network again, after that of the run whose weights it started from."
+    before = (card.get("started_from") or {}).get("run")
+    first = train_commands(before, Path(card["recipe"]["pretrained"]).parent) if before else []
+    return [*first, train_command(card, run)]
+
+
 def retrain_commands(name, card):
     "All commands that make a bundled model again, of an ensemble those of its parts first."
     def commands(card, run, out):
-        return [train_command(card, run)] + [f"fer export {run}/model {out} --data fer2013.csv --int8"] * (card.get("weights") == "int8")
+        if card.get("started_from"):
+            run = run.replace("run", "pupil")  # `run` is the folder that it started from
+        return train_commands(card, run) + [f"fer export {run}/model {out} --data fer2013.csv --int8"] * (card.get("weights") == "int8")
     if not card.get("members"):
         return commands(card, "run", name)
     lines = [line for i, part in enumerate(card["members"], 1) for line in commands(part, f"run-{i}", f"part-{i}")]

@@ -423,7 +423,7 @@ def export_run(
     Raises `FileNotFoundError` if `run` is not a run, and `ValueError` as `export_model` does."""
     model, (recipe, facts) = load_run(run), read_run(run)
     entries = dict(arch=recipe.arch, recipe=facts["recipe"], seed=recipe.seed, selected_on=recipe.valid,
-                   **{k: facts.get(k) for k in ("commit", "data", "teachers", "hardware", "versions", "train_minutes", "date", "best_epoch")})
+                   **{k: facts.get(k) for k in ("commit", "data", "teachers", "started_from", "hardware", "versions", "train_minutes", "date", "best_epoch")})
     return export_model(model, out, None if table is None else prepare_table(recipe, table), classes=tuple(facts["data"]["classes"]),
                         stats=recipe.stats,  # type: ignore[arg-type]  # a run always has stats
                         weights=weights, limits=limits, **entries | about)

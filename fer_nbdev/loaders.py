@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLINGS', 'FER2013_STATS', 'FaceRow', 'table_rows', 'row_pixels', 'row_emotion', 'TensorFace', 'PILFace',
            'check_valid', 'FERSplitter', 'TensorSoftCategory', 'FERLoader', 'Augment', 'random_affine', 'random_window',
-           'random_light', 'random_erase', 'Damage', 'random_blur', 'random_noise', 'AugmentBatch', 'fer_datablock', 'fer_dls', 'table_dl']
+           'random_light', 'random_erase', 'AugmentBatch', 'fer_datablock', 'fer_dls', 'table_dl', 'Damage',
+           'random_blur', 'random_noise']
 
 # %% ../nbs/02_loaders.ipynb #eb728974
 from dataclasses import dataclass, fields
@@ -314,43 +315,6 @@ def random_erase(
     hit &= _happens(n, a.p_erase, x.device).bool().view(n, 1, 1, 1)
     return torch.where(hit, torch.rand_like(x), x)
 
-# %% ../nbs/02_loaders.ipynb #da3a9e01
-@dataclass(frozen=True)
-class Damage:
-    "Probabilities and ranges of what may be wrong with a photo. Zero switches one off."
-    p_blur: float = .2  # blur the face
-    blur: float = 2.  # largest standard deviation of the Gaussian, in pixels of the batch's faces
-    p_noise: float = .2  # add noise to every pixel
-    noise: float = 30.  # largest standard deviation of the noise, in gray levels
-
-    def __post_init__(self):
-        for f in fields(self):
-            v, limit = getattr(self, f.name), 1 if f.name.startswith("p_") else 255
-            if not 0 <= v <= limit: raise ValueError(f"{f.name}={v!r}: expected a number between 0 and {limit}")
-
-def random_blur(
-    x: torch.Tensor,  # float [n, 1, h, w]
-    d: Damage,  # probability and range
-) -> torch.Tensor:
-    "Blur some of the faces, each by a Gaussian of its own; the edges continue outwards."
-    n, sigma = len(x), torch.rand(len(x), device=x.device)*d.blur
-    hit, r = _happens(n, d.p_blur, x.device).bool(), ceil(2.5*d.blur)
-    if not hit.any(): return x
-    at = torch.arange(-r, r + 1, device=x.device)
-    kernel = torch.exp(-.5*(at[None]/sigma[hit].clamp(min=.05)[:, None])**2)
-    kernel = (kernel/kernel.sum(1, keepdim=True))[:, None]
-    faces = F.pad(x[hit].transpose(0, 1), (r, r, r, r), mode="replicate")
-    faces = F.conv2d(F.conv2d(faces, kernel[:, :, None], groups=len(kernel)), kernel[..., None], groups=len(kernel))
-    return x.masked_scatter(hit.view(n, 1, 1, 1), faces.transpose(0, 1).to(x.dtype))
-
-def random_noise(
-    x: torch.Tensor,  # float [n, 1, h, w] in 0..1
-    d: Damage,  # probability and range
-) -> torch.Tensor:
-    "Add Gaussian noise to some of the faces, each with a strength of its own; the result stays within 0..1."
-    sd = torch.rand(len(x), device=x.device)*d.noise/255 * _happens(len(x), d.p_noise, x.device)
-    return (x + torch.randn_like(x)*sd.view(-1, 1, 1, 1)).clamp(0, 1)
-
 # %% ../nbs/02_loaders.ipynb #5a500334
 class AugmentBatch(DisplayedTransform):
     "Apply an `Augment` to a whole batch of faces on its device."
@@ -415,3 +379,41 @@ def table_dl(
 ) -> FERLoader:
     "A loader over all rows of `table` in their order, with labels and without augmentation."
     return dls.test_dl(table_rows(table), with_labels=True)
+
+# %% ../nbs/02_loaders.ipynb #2a73a10c
+@dataclass(frozen=True)
+class Damage:
+    "Probabilities and ranges of what may be wrong with a photo. Zero switches one off."
+    p_blur: float = .2  # blur the face
+    blur: float = 2.  # largest standard deviation of the Gaussian, in pixels of the batch's faces
+    p_noise: float = .2  # add noise to every pixel
+    noise: float = 30.  # largest standard deviation of the noise, in gray levels
+
+    def __post_init__(self):
+        for f in fields(self):
+            v, limit = getattr(self, f.name), dict(blur=10, noise=255).get(f.name, 1)
+            if not 0 <= v <= limit: raise ValueError(f"{f.name}={v!r}: expected a number between 0 and {limit}")
+
+# %% ../nbs/02_loaders.ipynb #3c2b9491
+def random_blur(
+    x: torch.Tensor,  # float [n, 1, h, w]
+    d: Damage,  # probability and range
+) -> torch.Tensor:
+    "Blur some of the faces, each by a Gaussian of its own; the edges continue outwards."
+    n, sigma = len(x), torch.rand(len(x), device=x.device)*d.blur
+    hit, r = _happens(n, d.p_blur, x.device).bool(), ceil(2.5*d.blur)
+    if not hit.any(): return x
+    at = torch.arange(-r, r + 1, device=x.device)
+    kernel = torch.exp(-.5*(at[None]/sigma[hit].clamp(min=.05)[:, None])**2)
+    kernel = (kernel/kernel.sum(1, keepdim=True))[:, None]
+    faces = F.pad(x[hit].transpose(0, 1), (r, r, r, r), mode="replicate")
+    faces = F.conv2d(F.conv2d(faces, kernel[:, :, None], groups=len(kernel)), kernel[..., None], groups=len(kernel))
+    return x.masked_scatter(hit.view(n, 1, 1, 1), faces.transpose(0, 1).to(x.dtype))
+
+def random_noise(
+    x: torch.Tensor,  # float [n, 1, h, w] in 0..1
+    d: Damage,  # probability and range
+) -> torch.Tensor:
+    "Add Gaussian noise to some of the faces, each with a strength of its own; the result stays within 0..1."
+    sd = torch.rand(len(x), device=x.device)*d.noise/255 * _happens(len(x), d.p_noise, x.device)
+    return (x + torch.randn_like(x)*sd.view(-1, 1, 1, 1)).clamp(0, 1)

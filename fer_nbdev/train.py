@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FERLearner', 'decay_groups', 'depth_groups', 'group_lrs', 'schedule_cbs', 'fer_learner', 'describe_data',
-           'prepare_table', 'keep_freed_memory', 'TrimMemory', 'train', 'read_run', 'load_run', 'fold_tables',
-           'cross_validate']
+           'describe_start', 'prepare_table', 'keep_freed_memory', 'TrimMemory', 'train', 'read_run', 'load_run',
+           'fold_tables', 'cross_validate']
 
 # %% ../nbs/05_train.ipynb #a2d40978
 import ctypes, hashlib, json, platform, shutil, subprocess, sys
@@ -33,8 +33,8 @@ from fastcore.foundation import L
 from sklearn.metrics import f1_score, precision_score, recall_score
 from sklearn.model_selection import StratifiedKFold
 
-from .callbacks import (BF16, EMA, Checkpoint, Curves, DamageFaces, EarlyStop, Freeze, History, Plateau, SAM, SeedEpochs,
-                                 best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights)
+from .callbacks import (BF16, EMA, Checkpoint, Curves, DamageFaces, EarlyStop, Freeze, History, Plateau, SAM,
+                                 SeedEpochs, best_epoch, create_tracker, has_bf16, load_checkpoint, load_weights)
 from .core import expand_home, write_whole
 from .data import FER2013, draw_per_class, select_classes
 from .distill import Distill, describe_teachers, open_teachers
@@ -138,7 +138,7 @@ def _recipe_cbs(recipe, model, device):
     if recipe.clip: cbs.append(GradientClip(recipe.clip))
     if recipe.sam: cbs.append(SAM(recipe.sam))
     if recipe.teachers: cbs.append(Distill(open_teachers(recipe.teachers, device), recipe.soft_share))
-    if recipe.damage is not None: cbs.append(DamageFaces(create_damage(recipe.damage)))
+    if damage := create_damage(recipe.damage): cbs.append(DamageFaces(damage))
     head = {id(p) for p in head_parameters(model)}
     if recipe.freeze_epochs: cbs.append(Freeze(recipe.freeze_epochs, [p for p in model.parameters() if id(p) not in head]))
     return cbs
@@ -199,6 +199,16 @@ def _describe_machine(device):
     return dict(hardware=f"{name}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}" if torch.device(device).type == "cpu" else name,
                 commit=_commit() or f"v{__version__}",
                 versions={m.__name__: m.__version__ for m in (torch, np)} | dict(fer_nbdev=__version__, python=platform.python_version()))
+
+# %% ../nbs/05_train.ipynb #15ed2eb7
+def describe_start(
+    pretrained,  # the `pretrained` of a recipe
+) -> dict | None:
+    "Name and sha256 of the file whose weights a run begins with, and the record of the run that wrote it, if it lies in that run's folder; None without a file."
+    if isinstance(pretrained, bool): return None
+    path = Path(expand_home(pretrained))
+    start = dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    return start | dict(run=read_run(path.parent)[1]) if (path.parent/"run.json").is_file() else start
 
 # %% ../nbs/05_train.ipynb #bb6d76d1
 def prepare_table(
@@ -319,7 +329,7 @@ def train(
     dls = fer_dls(table, recipe.bs, recipe.valid, create_augment(recipe.augment), recipe.stats,  # type: ignore[arg-type]  # stats are known by now
                   recipe.seed, device, recipe.sampling)
     learn = fer_learner(dls, recipe)
-    about = dict(recipe=plain_recipe(recipe), data=data, teachers=teachers, date=date.today().isoformat(),
+    about = dict(recipe=plain_recipe(recipe), data=data, teachers=teachers, started_from=describe_start(recipe.pretrained), date=date.today().isoformat(),
                  n_params=count_parameters(learn.model), ranks=max(1, num_distrib()), **_describe_machine(dls.device))
     learn.add_cbs(run_cbs := _run_cbs(recipe, out, checkpoint[1] if checkpoint else (), progress, track, about) + L(cbs))
     if not progress: learn.remove_cb(ProgressCallback); learn.logger = noop

@@ -341,7 +341,8 @@ class Recipes(Target):
         return [*seeds,
                 b"arch: se_resnet\nepochs: 3\nlr: 5e-4\naugment:\n  rotate: 20\nclasses: [happy, sad]\n"
                 b"per_class: {Training: 10}\nstats: [.5, .25]\nvalid: .1\n",
-                b"{schedule: plateau, schedule_args: {factor: .5, patience: 3}, arch_args: {width: 16}, pretrained: a.pt, patience: 4, clip: 1}",
+                b"{schedule: plateau, schedule_args: {factor: .5, patience: 3}, arch_args: {width: 16}, pretrained: a.pt, patience: 4, clip: 1,"
+                b" damage: {p_blur: .3, noise: 9}}",
                 json.dumps(plain_recipe(Recipe())).encode()]
     def run(self, data):
         from fer_nbdev.recipe import plain_recipe, read_recipe, write_recipe

@@ -64,17 +64,26 @@ def test_cards_hold_what_was_measured(name, bench):
     assert account["retrain"] == bench.retrain_commands(name, card)
 
 
+def _runs(part):
+    "The runs that led to a network, first to last."
+    before = (part.get("started_from") or {}).get("run")
+    return [*(_runs(before) if before else []), part]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_commands_of_a_card_train_its_recipes(name):
     "Read as a shell and `fer train` read them, they give the recipes that the networks were trained by."
     card = bundled_models()[name]
     trained = [words for line in card["accounting"]["retrain"] if (words := shlex.split(line))[1] == "train"]
-    assert len(trained) == len(parts := card.get("members") or [card])
-    for words, part in zip(trained, parts):
+    runs = [run for part in card.get("members") or [card] for run in _runs(part)]
+    assert len(trained) == len(runs)
+    for words, part in zip(trained, runs):
         settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         asked = plain_recipe(read_recipe(words[words.index("--recipe") + 1]).set(settings))
         assert all(asked[k] == v for k, v in part["recipe"].items() if k not in ("name", "about", "stats")), settings
         assert ("--votes" in words) == bool(part["data"].get("soft"))
+        folder = Path(part["recipe"]["pretrained"] or "").parent
+        assert not part["recipe"]["pretrained"] or folder.name in [w[w.index("--out") + 1] for w in trained[:trained.index(words)]]
 
 
 def test_a_setting_inside_a_group_is_named_alone_and_quoted_where_a_shell_needs_it(bench):

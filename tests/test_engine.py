@@ -1,4 +1,5 @@
 """Every part that a recipe can choose trains a little, survives a kill, and does what it says."""
+import hashlib
 import json
 import os
 import platform
@@ -58,7 +59,7 @@ CHOICES = [["optimizer=adamw", "schedule=cosine"], ["optimizer=ranger", "schedul
            ["loss=focal", "cutmix=1", "class_weights=null", "sampling=weighted", "clip=1."],
            ["optimizer=lamb", "class_weights=null", "sampling=oversample", "schedule=constant", "ema=0"],
            ["class_weights=effective", "monitor=valid_loss", "label_smoothing=.1"], ["sam=.05", "clip=1.", "augment.crop=.67", "mixup=.2"],
-           ["teachers=[fast]", "soft_share=.5", "mixup=.2"]]
+           ["teachers=[fast]", "soft_share=.5", "mixup=.2", "damage={p_blur: .5}"]]
 
 
 @pytest.mark.parametrize("settings", CHOICES, ids=" ".join)
@@ -207,6 +208,19 @@ def test_a_pretrained_body_is_fine_tuned_in_two_phases(faces, tmp_path):
     assert np.allclose(np.array(lrs) / lrs[-1], [.01, .01, .1, .1, 1, 1])
 
 
+def test_a_run_knows_the_weights_that_it_started_from(faces, tmp_path):
+    first, once = tmp_path / "first", SHORT.set(["epochs=1"])
+    train(once, faces, first, progress=False)
+    shutil.copy(first / "best.safetensors", tmp_path / "lone.safetensors")
+    train(once.set([f"pretrained={first / 'best.safetensors'}"]), faces, tmp_path / "second", progress=False)
+    train(once.set([f"pretrained={tmp_path / 'lone.safetensors'}"]), faces, tmp_path / "third", progress=False)
+    records = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("first", "second", "third")]
+    digest = hashlib.sha256((tmp_path / "lone.safetensors").read_bytes()).hexdigest()
+    assert [r["started_from"] for r in records] == [None, dict(file="best.safetensors", sha256=digest, run=records[0]),
+                                                    dict(file="lone.safetensors", sha256=digest)]
+    assert export_run(tmp_path / "second", tmp_path / "model")["started_from"]["run"] == records[0]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_goes_back_to_the_system():
     "Every second block is freed, so that what is kept lies between: kept by the library until it is trimmed."
@@ -262,6 +276,7 @@ def test_a_run_that_failed_at_once_can_be_corrected(faces, tmp_path):
 @pytest.mark.parametrize("setting, said", [
     ("valid=null", "valid"), ("valid=[PublicTest]", "valid"), ("valid=1.5", "valid"),
     ("stats=[a, b]", "stats"), ("stats=[.5]", "stats"), ("stats=[.5, 0]", "stats"), ("pretrained=5", "pretrained"),
+    ("damage={noise: x}", "damage"), ("damage={p_blur: 2}", "p_blur"), ("damage={blur: nan}", "damage"), ("damage=.2", "damage"),
     ("augment.erase=[1, 2, 3]", "erase"), ("classes=[happy]", "two or more")])
 def test_what_cannot_train_is_refused_before_it_does(setting, said):
     with pytest.raises(ValueError, match=said):
