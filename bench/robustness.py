@@ -62,11 +62,18 @@ def by_agreement(robustness, ferplus):
     return records(clean.reset_index()), records(mean.reset_index())
 
 
+def trained_on(card):
+    "The corruptions that a model, or a part of it, was trained on: for it they are no test of what it never saw."
+    from fer_nbdev.recipe import create_damage
+    damages = [create_damage((c.get("recipe") or {}).get("damage")) for c in card.get("members") or [card]]
+    return [kind for kind in ("blur", "noise") if any(d and getattr(d, f"p_{kind}") for d in damages)]
+
+
 def begin(args, data):
     "Results to add to: those of an earlier run on the same data, or empty ones."
     record = earlier("robustness")
     if not args.add or not record["results"]:
-        return {"rows": [], "agreement": {}, "agreement_damaged": {}, "measured": {}}
+        return {"rows": [], "agreement": {}, "agreement_damaged": {}, "measured": {}, "trained_on": {}}
     if record["data"] != data or record["seed"] != args.seed:
         raise SystemExit(f"robustness.json is of {record['data']} and seed {record['seed']}: run without --add")
     return record["results"]
@@ -74,7 +81,7 @@ def begin(args, data):
 
 def main():
     args = parse_args()
-    from fer_nbdev.cards import bundled_models
+    from fer_nbdev.cards import bundled_models, read_model
     from fer_nbdev.data import read_fer2013, synthetic_faces
     from fer_nbdev.votes import read_ferplus
     from fer_nbdev.robustness import CORRUPTIONS, evaluate_robustness
@@ -92,16 +99,18 @@ def main():
         name = got[0].clean.about["model"]
         found["rows"] = [r for r in found["rows"] if r["model"] != name] + got[0].to_pandas().to_dict("records")
         found["measured"][name] = {"date": datetime.date.today().isoformat(), "commit": _report.commit(), "seconds": round(seconds, 1)}
+        found["trained_on"][name] = trained_on(read_model(model)[0])
         if ferplus:
             found["agreement"][name], found["agreement_damaged"][name] = by_agreement(got[0], ferplus)
     frame, said = pd.DataFrame(found["rows"]), []
     for model, r in frame.groupby("model", sort=False):
         clean, hurt = r[r.severity == 0].iloc[0], r[r.severity > 0]
-        means = hurt.groupby("corruption").accuracy.mean().sort_values()
+        means, known = hurt.groupby("corruption").accuracy.mean().sort_values(), found["trained_on"][model]
         said.append(f"`{model}` {clean.accuracy:.1%} of {clean.n:,} faces as they are, "
                     f"{hurt.accuracy.mean():.1%} on average under {len(means)} kinds of damage at five strengths "
                     f"(worst {means.index[0]}, {means.iloc[0]:.1%}; mildest {means.index[-1]}, {means.iloc[-1]:.1%}), "
-                    f"where it is {100 * (hurt.confidence - hurt.accuracy).mean():.0f} points too sure of itself")
+                    f"where it is {100 * (hurt.confidence - hurt.accuracy).mean():.0f} points too sure of itself"
+                    + f"; {means.drop(known).mean():.1%} under those other than {' and '.join(known)}, which it was trained on" * bool(known))
     corruptions = {n: {"strengths": list(c.strengths), "unit": c.unit, "about": c.about} for n, c in CORRUPTIONS.items()}
     report("robustness", {**found, "corruptions": corruptions}, data=data,
            question="How much accuracy is left when faces are blurred, noisy, dark, turned, covered or small?", answer="; ".join(said),

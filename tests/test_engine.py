@@ -276,7 +276,7 @@ def test_a_run_that_failed_at_once_can_be_corrected(faces, tmp_path):
 @pytest.mark.parametrize("setting, said", [
     ("valid=null", "valid"), ("valid=[PublicTest]", "valid"), ("valid=1.5", "valid"),
     ("stats=[a, b]", "stats"), ("stats=[.5]", "stats"), ("stats=[.5, 0]", "stats"), ("pretrained=5", "pretrained"),
-    ("damage={noise: x}", "damage"), ("damage={p_blur: 2}", "p_blur"), ("damage={blur: nan}", "damage"), ("damage=.2", "damage"),
+    ("damage={noise: x}", "damage"), ("damage={p_blur: 2}", "p_blur"), ("damage={blur: nan}", "blur"), ("damage=.2", "damage"),
     ("augment.erase=[1, 2, 3]", "erase"), ("classes=[happy]", "two or more")])
 def test_what_cannot_train_is_refused_before_it_does(setting, said):
     with pytest.raises(ValueError, match=said):
