@@ -119,6 +119,13 @@ def _known(card, *said):
     return ', '.join(text.format(card[key]) for key, text in said if card.get(key) is not None)
 
 # %% ../nbs/00a_cards.ipynb #e96e8e8e
+def _runs(name, made):
+    "A line for each run that led to a network, the last one last."
+    before = (made.get('started_from') or {}).get('run')
+    told = _known(made, ('date', '{}'), ('train_minutes', '{:.0f} minutes'), ('hardware', '{}'),
+                  ('seed', 'seed {}'), ('best_epoch', 'best epoch {}'), ('commit', 'commit {:.9}'))
+    return [*(_runs(f'{name}, first run', before) if before else []), *([f'- {name}: {told}'] if told else [])]
+
 def _tell(card):
     "The Markdown of `model_card`."
     account, size = card.get('accounting', {}), card['files']['model.onnx'].get('bytes')
@@ -131,10 +138,7 @@ def _tell(card):
                  f'FER2013\'s own labels agree with it on {f["label_agrees"]:.1%}.', '']
     if t := card.get('latency'):
         text += [f'{t["single_ms"]:.2f} ms a face on one core of {t["hardware"]}, {t["batch_ms"]:.2f} ms in batches of {t["batch"]}.', '']
-    for part in card.get('members') or [card]:
-        made = _known(part, ('date', '{}'), ('train_minutes', '{:.0f} minutes'), ('hardware', '{}'),
-                      ('seed', 'seed {}'), ('best_epoch', 'best epoch {}'), ('commit', 'commit {:.9}'))
-        if made: text += [f'- {part["name"]}: {made}']
+    for part in card.get('members') or [card]: text += _runs(part["name"], part)
     if account: text += ['', '```bash', *account['retrain'], '```']
     return '\n'.join(text).strip() + '\n'
 

@@ -52,7 +52,7 @@ def average_graphs(
     return joint.SerializeToString()
 
 # %% ../nbs/08a_ensemble.ipynb #78f8ae5b
-_OF_MEMBERS = ("name", "arch", "n_params", "weights", "recipe", "seed", "data", "teachers",
+_OF_MEMBERS = ("name", "arch", "n_params", "weights", "recipe", "seed", "data", "teachers", "started_from",
                "commit", "hardware", "train_minutes", "best_epoch", "date", "scores")
 
 def _describe_member(card):

@@ -204,7 +204,7 @@ def _describe_machine(device):
 def describe_start(
     pretrained,  # the `pretrained` of a recipe
 ) -> dict | None:
-    "Name and sha256 of the file whose weights a run begins with, and the record of the run that wrote it, if it lies in that run's folder; None without a file."
+    "Name and sha256 of the weights file that a run begins with, and the record of the run in whose folder it lies, if it does; None without a file."
     if isinstance(pretrained, bool): return None
     path = Path(expand_home(pretrained))
     start = dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
