@@ -127,21 +127,21 @@ def train_command(card, run):
 
 
 def train_commands(card, run):
-    "The command that trains a network again, after that of the run whose weights it started from."
-    before = (card.get("started_from") or {}).get("run")
-    first = train_commands(before, Path(card["recipe"]["pretrained"]).parent) if before else []
-    return [*first, train_command(card, run)]
+    "The commands that train a network again, one for each run that led to it."
+    from fer_nbdev.cards import training_runs
+    runs = [made for _, made in training_runs(card)]
+    folders = [Path(later["recipe"]["pretrained"]).parent for later in runs[1:]]
+    return [train_command(made, folder) for made, folder in zip(runs, [*folders, run])]
 
 
 def retrain_commands(name, card):
     "All commands that make a bundled model again, of an ensemble those of its parts first."
-    def commands(card, run, out):
-        if card.get("started_from"):
-            run = run.replace("run", "pupil")  # `run` is the folder that it started from
+    def commands(card, number, out):
+        run = ("pupil" if card.get("started_from") else "run") + number  # a pupil starts from the folder `run`
         return train_commands(card, run) + [f"fer export {run}/model {out} --data fer2013.csv --int8"] * (card.get("weights") == "int8")
     if not card.get("members"):
-        return commands(card, "run", name)
-    lines = [line for i, part in enumerate(card["members"], 1) for line in commands(part, f"run-{i}", f"part-{i}")]
+        return commands(card, "", name)
+    lines = [line for i, part in enumerate(card["members"], 1) for line in commands(part, f"-{i}", f"part-{i}")]
     others = "".join(f" --with part-{i}" for i in range(2, len(card["members"]) + 1))
     return [*lines, f"fer export part-1 {name}{others} --data fer2013.csv"]
 

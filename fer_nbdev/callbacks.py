@@ -19,14 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
-from fastai.data.transforms import Normalize
 from fastai.torch_core import get_model, rank_distrib, set_seed
 from fastcore.foundation import L
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .core import expand_home, require, write_whole
-from .loaders import Damage, TensorFace, random_blur, random_noise
+from .loaders import Damage, TensorFace, find_normalize, random_blur, random_noise
 from .models import count_parameters
 from .recipe import MONITORS, read_recipe
 
@@ -162,7 +161,7 @@ class DamageFaces(Callback):
 
     def before_batch(self):
         if not self.training: return
-        scale, = (t for t in self.dls.train.after_batch.fs if isinstance(t, Normalize))
+        scale = find_normalize(self.dls)
         x = self.x.as_subclass(torch.Tensor)*scale.std + scale.mean
         self.learn.xb = (TensorFace((random_noise(random_blur(x, self.damage), self.damage) - scale.mean)/scale.std),)
 

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.data.transforms import Normalize
 
 from .core import import_onnxruntime
-from .loaders import TensorFace, TensorSoftCategory
+from .loaders import TensorFace, TensorSoftCategory, find_normalize
 
 # %% ../nbs/04d_distill.ipynb #162d223e
 def open_teachers(
@@ -39,9 +38,7 @@ def gray_levels(
     dls,  # the `DataLoaders` that it comes from
 ) -> np.ndarray:
     "The faces of a normalised batch, uint8 [n, h, w]. Raises `ValueError` if the loaders do not normalise."
-    found = [t for t in dls.train.after_batch.fs if isinstance(t, Normalize)]
-    if len(found) != 1: raise ValueError(f"the loaders have {len(found)} Normalize: expected one, so that teachers can be shown the faces without it")
-    levels = found[0].decode(TensorFace(x.detach())).as_subclass(torch.Tensor) * 255
+    levels = find_normalize(dls).decode(TensorFace(x.detach())).as_subclass(torch.Tensor) * 255
     return levels.round().clamp(0, 255).to(torch.uint8)[:, 0].cpu().numpy()
 
 # %% ../nbs/04d_distill.ipynb #7e327d93

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLINGS', 'FER2013_STATS', 'FaceRow', 'table_rows', 'row_pixels', 'row_emotion', 'TensorFace', 'PILFace',
            'check_valid', 'FERSplitter', 'TensorSoftCategory', 'FERLoader', 'Augment', 'random_affine', 'random_window',
-           'random_light', 'random_erase', 'AugmentBatch', 'fer_datablock', 'fer_dls', 'table_dl', 'Damage',
-           'random_blur', 'random_noise']
+           'random_light', 'random_erase', 'AugmentBatch', 'fer_datablock', 'fer_dls', 'table_dl', 'find_normalize',
+           'Damage', 'random_blur', 'random_noise']
 
 # %% ../nbs/02_loaders.ipynb #eb728974
 from dataclasses import dataclass, fields
@@ -379,6 +379,15 @@ def table_dl(
 ) -> FERLoader:
     "A loader over all rows of `table` in their order, with labels and without augmentation."
     return dls.test_dl(table_rows(table), with_labels=True)
+
+# %% ../nbs/02_loaders.ipynb #eace9fb4
+def find_normalize(
+    dls: DataLoaders,  # from `fer_dls`
+) -> Normalize:
+    "The transform that normalises their faces. Raises `ValueError` if there is none, or more than one."
+    found = [t for t in dls.train.after_batch.fs if isinstance(t, Normalize)]
+    if len(found) != 1: raise ValueError(f"the loaders have {len(found)} Normalize: expected one, so that the gray levels of a batch are known")
+    return found[0]
 
 # %% ../nbs/02_loaders.ipynb #2a73a10c
 @dataclass(frozen=True)

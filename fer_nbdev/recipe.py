@@ -169,23 +169,24 @@ def check_recipe(
     create_damage(recipe.damage)
 
 # %% ../nbs/04a_recipe.ipynb #3d10145d
+def _create(kind, name, settings, expected):
+    "An object of a dataclass from the dict that a recipe holds under `name`; None for None."
+    if settings is None: return None
+    _check_keys(name, settings, [f.name for f in fields(kind)])
+    try: return kind(**settings)
+    except TypeError as e: raise ValueError(f"{name}={str(settings)[:200]}: expected {expected} ({e})") from None
+
 def create_augment(
     settings: dict | None,  # the `augment` of a recipe; None trains without
 ) -> Augment | None:
     "An `Augment` from a recipe's dict; None for None. Raises `ValueError` for a setting that it does not have."
-    if settings is None: return None
-    _check_keys("augment", settings, [f.name for f in fields(Augment)])
-    try: return Augment(**settings)
-    except TypeError as e: raise ValueError(f"augment={str(settings)[:200]}: expected numbers, and two of them for erase ({e})") from None
+    return _create(Augment, "augment", settings, "numbers, and two of them for erase")
 
 def create_damage(
     settings: dict | None,  # the `damage` of a recipe; None trains without
 ) -> Damage | None:
     "A `Damage` from a recipe's dict; None for None. Raises `ValueError` for a setting that it does not have."
-    if settings is None: return None
-    _check_keys("damage", settings, [f.name for f in fields(Damage)])
-    try: return Damage(**settings)
-    except TypeError as e: raise ValueError(f"damage={str(settings)[:200]}: expected numbers ({e})") from None
+    return _create(Damage, "damage", settings, "numbers")
 
 # %% ../nbs/04a_recipe.ipynb #3a6c473c
 def _number(value):
